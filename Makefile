@@ -1,0 +1,45 @@
+# `make quickstart` trains, compares, pushes and reloads an adapter on real data; `make test` runs the tests.
+# Both make a virtual environment in .venv first and do nothing twice.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread per process: with a second busy process, two threads on two cores are up to fifteen times slower.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help setup quickstart test conformance lint types bench clean
+
+help: ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed ## make the virtual environment
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (about two minutes and 2 GB the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt 2>&1 | grep -v 'is ignored' || true
+	$(BIN)/python -c "import peft_subspace; print('peft_subspace', peft_subspace.__version__, 'is ready')"
+	@touch $@
+
+quickstart: setup ## fine-tune MiniLM on TREC with FLoRA and LoRA, push, reload, export (under 8 minutes)
+	$(BIN)/python examples/quickstart.py
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest -q -n 2
+
+conformance: setup ## run PEFT's own test-suite against our configs
+	$(BIN)/python tests/conformance/run.py -n 2
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy
+	$(BIN)/mypy
+
+bench: setup ## the step benchmark on one thread
+	$(BIN)/python benchmarks/step.py
+
+clean: ## remove the environment and build outputs
+	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache

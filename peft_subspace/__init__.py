@@ -1,0 +1,26 @@
+"""Subspace methods for Hugging Face PEFT. Importing the package registers its PEFT types."""
+
+from ._version import __version__
+from .adapters import FloraConfig, FloraDelta, FloraModel
+from .base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
+from .export import save_as_lora, to_lora
+from .hub import write_model_card
+from .registration import check_peft_version, register
+
+check_peft_version()
+
+__all__ = [
+    "Delta",
+    "FloraConfig",
+    "FloraDelta",
+    "FloraModel",
+    "Geometry",
+    "SubspaceConfig",
+    "SubspaceLayer",
+    "SubspaceModel",
+    "__version__",
+    "register",
+    "save_as_lora",
+    "to_lora",
+    "write_model_card",
+]

@@ -1,0 +1,153 @@
+"""The kinds of wrapped layer: called and added to, or given an effective weight to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .delta import Delta
+from .geometry import FLOAT_DTYPES, Geometry, describe
+from .layer import SubspaceLayer
+
+
+class CalledLayer(SubspaceLayer):
+    """Calls the base layer and adds the updates to its output. For linear, convolution and embedding layers."""
+
+    def _adapted_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        deltas = [getattr(self, self.adapter_layer_names[0])[name] for name in names]
+        if any(delta.replaces_base for delta in deltas):
+            return self._replaced_forward(names, deltas, x, *args, **kwargs)
+        y0 = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            y0 = self.quantization_backend.maybe_clone_base_result(y0)
+        return self._add(deltas, x, y0)
+
+    def _add(self, deltas: list[Delta], x: Tensor, y0: Tensor) -> Tensor:
+        out = y0
+        for delta in deltas:
+            if delta.geometry.kind == "embedding":
+                out = delta(x, y0, out)
+            else:
+                out = delta(F.dropout(x.to(out.dtype), delta.dropout, self.training), y0, out)
+        return out
+
+    def _replaced_forward(self, names: list[str], deltas: list[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if sum(delta.replaces_base for delta in deltas) > 1:
+            raise ValueError(
+                f"{names} are active on one {self._get_name()} and more than one of them stands in for the base layer. "
+                f"Activate one at a time with `set_adapter`."
+            )
+        y0 = next(delta for delta in deltas if delta.replaces_base).replace(self.base_layer, x, *args, **kwargs)
+        return self._add([delta for delta in deltas if not delta.replaces_base], x, y0)
+
+
+class OwnWeightLayer(SubspaceLayer):
+    """For modules that read their own weights: W + dW stands in for the attribute during the call.
+
+    The shadow lives in the instance's `__dict__`, which Python looks at before `nn.Module.__getattr__`, so no Parameter is
+    exchanged: optimizers, DDP and FSDP keep theirs. `functional_call` would be ignored under FSDP1.
+    Cost: one dense dW and one dense gradient per call and weight.
+    """
+
+    def __init__(self, base_layer: nn.Module, prefix: str, delta_cls: type[Delta], **kwargs: Any) -> None:
+        super().__init__(base_layer, prefix, delta_cls, **kwargs)
+        for weight, _ in self.geometries.values():
+            dtype = self.get_base_layer().get_parameter(weight).dtype
+            if dtype not in FLOAT_DTYPES:
+                raise ValueError(
+                    f"{weight} of {type(base_layer).__name__} is {dtype}; its effective weight cannot be composed."
+                )
+
+    def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        shadowed: list[tuple[nn.Module, str]] = []
+        try:
+            if names:
+                for container in self.geometries:
+                    owner, name = self._locate(container)
+                    owner.__dict__[name] = self._effective_weight(container, names)
+                    shadowed.append((owner, name))
+            return self.base_layer(*args, **kwargs)
+        finally:
+            for owner, name in shadowed:
+                owner.__dict__.pop(name, None)
+
+    def _effective_weight(self, container: str, names: list[str]) -> Tensor:
+        owner, name = self._locate(container)
+        weight = getattr(owner, name)
+        total = sum(getattr(self, container)[adapter].delta_weight() for adapter in names)
+        geometry = self.geometries[container][1]
+        return (weight + geometry.native(total)).to(weight.dtype)
+
+    def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.get_base_layer(), nn.MultiheadAttention):
+            return self._mixed_attention(adapter_names, x, *args, **kwargs)
+        return super()._mixed_forward(adapter_names, x, *args, **kwargs)
+
+    def _mixed_attention(
+        self, adapter_names: list[str], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Attention returns (output, weights) and may have its batch second; masks have one row per sample or head."""
+        axis = 0 if self.get_base_layer().batch_first else 1
+        batch = query.shape[axis]
+        outputs: list[Any] = [None] * batch
+        weights: list[Any] = [None] * batch
+        names = ["key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal"]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in dict.fromkeys(adapter_names):
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=query.device)
+            masks = dict(kwargs)
+            if masks.get("key_padding_mask") is not None:
+                masks["key_padding_mask"] = masks["key_padding_mask"][rows]
+            if masks.get("attn_mask") is not None and masks["attn_mask"].ndim == 3:
+                masks["attn_mask"] = masks["attn_mask"].unflatten(0, (batch, -1))[rows].flatten(0, 1)
+            parts = [tensor.index_select(axis, rows) for tensor in (query, key, value)]
+            output, attention = self._adapted_forward(self._here([name]), *parts, **masks)
+            for position, row in enumerate(rows.tolist()):
+                outputs[row] = output.select(axis, position)
+                weights[row] = None if attention is None else attention[position]
+        return torch.stack(outputs, axis), None if weights[0] is None else torch.stack(weights)
+
+
+class ParamWrapper(OwnWeightLayer):
+    """Adapts one bare parameter of a module (`target_parameters`), such as a fused stack of experts.
+
+    PEFT finds this class by its name and nests one wrapper per parameter of the same module.
+    """
+
+    def __init__(self, base_layer: nn.Module, prefix: str, delta_cls: type[Delta], parameter_name: str, **kwargs: Any) -> None:
+        self.parameter_name = parameter_name  # first, because `_describe` needs it
+        super().__init__(base_layer, prefix, delta_cls, **kwargs)
+
+    def _describe(self) -> dict[str, Geometry]:
+        return describe(self.get_base_layer(), self.parameter_name)
+
+    def _mixed_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"`adapter_names` does not work with target_parameters ({self.parameter_name}): experts see tokens of all samples "
+            f"at once. Run each adapter's samples by themselves with `set_adapter`."
+        )
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        """Take all nested wrappers off, merging each first if asked."""
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+
+def make_layer(
+    target: nn.Module, prefix: str, delta_cls: type[Delta], parameter_name: str | None = None, **kwargs: Any
+) -> SubspaceLayer:
+    """Wrap a module in the kind of layer that it needs. The module's type is known to be supported."""
+    if parameter_name is not None:
+        return ParamWrapper(target, prefix, delta_cls, parameter_name, **kwargs)
+    layers: Callable[..., SubspaceLayer] = CalledLayer
+    if any(geometry.reads_own_weight for geometry in describe(target).values()):
+        layers = OwnWeightLayer
+    return layers(target, prefix, delta_cls, **kwargs)

@@ -1,0 +1,296 @@
+"""Wrapped layers: several adapters on one module, switched, mixed in a batch, merged and taken off again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .config import SubspaceConfig
+from .delta import Delta
+from .geometry import Geometry, describe, quantization_backend
+
+
+class DeltaDict(nn.ModuleDict):
+    """The adapters of one weight, by name.
+
+    The hook never runs: a container is not called. Its presence keeps `nn.TransformerEncoderLayer` off its fused inference
+    path, which reads the weights of its children and would pass by every adapter in silence.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_never_called)
+
+
+def _never_called(module: nn.Module, args: Any) -> None: ...
+
+
+@dataclass
+class _Original:
+    """What a merge replaces: the layer and its Parameter objects themselves, so that putting them back is bit-exact.
+
+    `weight` is the plain float weight; for a quantised layer, which also has a state and may be exchanged as a whole, it
+    is a dequantised copy that a second merge starts from.
+    """
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    state: Any
+    weight: Tensor
+
+    @classmethod
+    def of(cls, layer: SubspaceLayer, container: str) -> _Original:
+        owner, _ = layer._locate(container)
+        return cls(owner, dict(owner._parameters), copy.copy(getattr(owner, "state", None)), layer._base_weight(container))
+
+    def restore(self, layer: SubspaceLayer, container: str) -> None:
+        owner, name = layer._locate(container)
+        if owner is not self.module:  # HQQ makes a new layer for the merged weight
+            layer.base_layer = self.module
+        current, original = owner._parameters.get(name), self.parameters.get(name)
+        if current is not None and original is not None and current.device != original.device:
+            original.data = original.data.to(current.device)
+        self.module._parameters[name] = original
+        if self.state is not None:
+            self.module.state = self.state
+
+
+class SubspaceLayer(nn.Module, BaseTunerLayer):
+    """A module of the base model with adapters on one or more of its weights.
+
+    Attributes:
+        base_layer: the wrapped module, unchanged.
+        geometries: container attribute -> (dotted name of the weight below the module, its geometry). The containers are
+            `<prefix>delta`, and `<prefix>delta_<weight>` where a module has several weights.
+    """
+
+    def __init__(self, base_layer: nn.Module, prefix: str, delta_cls: type[Delta], **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.method = prefix.rstrip("_")
+        self.delta_cls = delta_cls
+        self.geometries: dict[str, tuple[str, Geometry]] = {}
+        found = self._describe()
+        for weight, geometry in found.items():
+            container = f"{prefix}delta" if len(found) == 1 else f"{prefix}delta_{weight.replace('.', '_')}"
+            self.geometries[container] = (weight, geometry)
+            self._modules[container] = DeltaDict()  # not add_module: it would find the container of a wrapper inside
+        self.adapter_layer_names = tuple(self.geometries)
+        self.merged_adapters = []
+        self.quantization_backend = quantization_backend(self.get_base_layer(), **kwargs)
+        self._originals: dict[str, _Original] = {}  # the base's own weights while adapters are merged
+        shape = next(iter(self.geometries.values()))[1]
+        self.in_features, self.out_features = shape.in_features, shape.out_features
+
+    def _describe(self) -> dict[str, Geometry]:
+        return describe(self.get_base_layer())
+
+    # Adapters --------------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: SubspaceConfig, key: str, inference_mode: bool = False) -> None:
+        """Add an adapter, or replace the one of that name.
+
+        Args:
+            adapter_name: name of the adapter.
+            config: the adapter's config.
+            key: name of this layer in the model, by which the config's patterns know it.
+            inference_mode: the adapter comes from a file: it is frozen, and nothing is computed from the weight.
+        """
+        for container, (weight, geometry) in self.geometries.items():
+            delta = self.delta_cls(geometry, config.for_layer(key, weight))
+            if adapter_name in delta.state_dict():
+                raise ValueError(
+                    f"The adapter name {adapter_name!r} is the name of a tensor of the method. Choose another name."
+                )
+            delta.train(self.training)
+            getattr(self, container)[adapter_name] = delta
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+            if not inference_mode and not any(p.is_meta for p in delta.parameters()):
+                delta.prepare(geometry.canonical(self._base_weight(container)).float())
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def load_tensors(self, adapter_name: str, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Copy tensors into an adapter: container -> tensor name -> values."""
+        for container, delta in self.deltas(adapter_name).items():
+            for name, target in delta.state_dict(keep_vars=True).items():
+                target.copy_(tensors[container][name])
+
+    def deltas(self, adapter_name: str) -> dict[str, Any]:
+        """container -> Delta of one adapter; empty if the adapter does not act on this layer."""
+        found = {container: getattr(self, container) for container in self.geometries}
+        return {container: deltas[adapter_name] for container, deltas in found.items() if adapter_name in deltas}
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether the adapter acts on this layer."""
+        return adapter_name in getattr(self, self.adapter_layer_names[0])
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Devices only. PEFT also casts to the base's dtype here, which would leave frozen buffers in bf16 for good.
+        for container, delta in self.deltas(adapter_name).items():
+            target = device if device is not None else self._weight_device(container)
+            if not any(p.is_meta for p in delta.parameters()) and target.type != "meta":
+                delta.to(target)
+
+    def _weight_device(self, container: str) -> torch.device:
+        owner, name = self._locate(container)
+        weight = getattr(owner, name, None)
+        return weight.device if isinstance(weight, Tensor) else next(self.get_base_layer().parameters()).device
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base layer's call with the active adapters; `adapter_names` gives one adapter per sample instead."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if self.merged_adapters and adapter_names is not None:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+        if self._disable_adapters or self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_forward(adapter_names, x, *args, **kwargs)
+        return self._adapted_forward(self._here(self.active_adapters), x, *args, **kwargs)
+
+    def _here(self, names: Sequence[str]) -> list[str]:
+        container = getattr(self, self.adapter_layer_names[0])
+        return [name for name in names if name in container]
+
+    def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run each adapter's samples together and put the results back in order."""
+        batch = len(x)
+        if len(adapter_names) != batch:
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
+                f"{batch} respectively."
+            )
+        out: Tensor | None = None
+        for name in dict.fromkeys(adapter_names):
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            picked = _pick_rows((x, *args), rows, batch), _pick_rows(kwargs, rows, batch)
+            part = self._adapted_forward(self._here([name]), *picked[0], **picked[1])
+            out = part.new_empty(batch, *part.shape[1:]) if out is None else out
+            out[rows] = part
+        return out
+
+    # Merging ---------------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W + sum dW in place of the base's weights: summed in float32 (or the base's wider dtype), rounded once.
+
+        The original Parameter is set aside and comes back on `unmerge`, bit for bit; a module that shares it keeps it. A
+        quantised weight is dequantised, summed and quantised again.
+
+        Args:
+            safe_merge: refuse a result with NaN or infinity and leave the layer as it was.
+            adapter_names: which adapters; None for the active ones. Merging A, then B, equals merging both.
+        """
+        names = self._here(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise ValueError(
+                f"A {self.quantization_backend.backend_name} layer cannot be merged: its weight cannot be read back. Keep the "
+                f"adapter beside the base, or load the base unquantised to merge."
+            )
+        merged = {container: self._merged_weight(container, [*self.merged_adapters, *names]) for container in self.geometries}
+        for container, weight in merged.items():
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
+                    f"({self.geometries[container][0]} of {self._get_name()})"
+                )
+        for container, weight in merged.items():
+            self._originals.setdefault(container, _Original.of(self, container))
+            self._set_weight(container, weight)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for container, original in self._originals.items():
+            original.restore(self, container)
+        self._originals.clear()
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def _merged_weight(self, container: str, names: list[str]) -> Tensor:
+        geometry = self.geometries[container][1]
+        weight = self._base_weight(container)
+        total = geometry.canonical(weight).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for name in names:
+            total += getattr(self, container)[name].delta_weight().to(total.device, total.dtype)
+        return geometry.native(total).to(weight.dtype).contiguous()
+
+    def _set_weight(self, container: str, weight: Tensor) -> None:
+        if self.quantization_backend is not None:
+            self.quantization_backend.set_base_weight(self, weight)
+            return
+        owner, name = self._locate(container)
+        requires_grad = getattr(owner, name).requires_grad
+        owner._parameters[name] = nn.Parameter(weight, requires_grad=requires_grad)
+
+    def _locate(self, container: str) -> tuple[nn.Module, str]:
+        """The module that holds a weight and the weight's name on it."""
+        path, _, name = self.geometries[container][0].rpartition(".")
+        return self.get_base_layer().get_submodule(path), name
+
+    def _base_weight(self, container: str) -> Tensor:
+        """The base's own weight, as a plain float tensor in the module's layout, also while adapters are merged."""
+        if container in self._originals:
+            return self._originals[container].weight
+        if self.quantization_backend is not None:
+            return self.get_base_weight()
+        owner, name = self._locate(container)
+        return getattr(owner, name).data
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """dW of an adapter in the module's own layout, for a layer with one adapted weight."""
+        if len(self.geometries) > 1:
+            raise ValueError(f"{self._get_name()} has several adapted weights: {[w for w, _ in self.geometries.values()]}.")
+        container, (_, geometry) = next(iter(self.geometries.items()))
+        return geometry.native(getattr(self, container)[adapter_name].delta_weight())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` may be used: an additive update of one weight."""
+        return len(self.geometries) == 1 and not self.delta_cls.replaces_base
+
+    # Python ----------------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        # Code outside reads attributes of the layer that it knows (`embed_dim`, `num_experts`, `padding_idx`, ...).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "weight", "bias"):
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def _get_name(self) -> str:
+        return f"{self.method}.{type(self.get_base_layer()).__name__}"
+
+    def extra_repr(self) -> str:
+        backend = self.quantization_backend
+        return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
+
+
+def _pick_rows(values: Any, rows: Tensor, batch: int) -> Any:
+    """Rows of every tensor whose first axis is the batch; everything else as it is."""
+    if isinstance(values, dict):
+        return {key: _pick_rows(value, rows, batch) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(_pick_rows(value, rows, batch) for value in values)
+    if isinstance(values, Tensor) and values.ndim > 0 and len(values) == batch:
+        return values[rows]
+    return values

@@ -1,0 +1,85 @@
+"""Strict loading: an adapter fits the model whole, or the model stays as it was."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+PEFT_PREFIX = "base_model.model."  # of the keys in an adapter file
+
+
+def check_state_dict(
+    expected: dict[str, Tensor], loaded: dict[str, Any], known: set[str], adapter_name: str, method: str
+) -> None:
+    """Compare an adapter file with the adapter that it is loaded into.
+
+    Args:
+        expected: the model's tensors of this adapter, by their key in the file.
+        loaded: the file's tensors.
+        known: keys of the model outside the adapter that a file may hold too (heads, resized embeddings).
+        adapter_name: for the message.
+        method: for the message.
+
+    Raises:
+        ValueError: lists missing keys, unexpected keys with the nearest expected name, and tensors of another shape.
+    """
+    known = {key.removeprefix(PEFT_PREFIX) for key in known}
+    wanted = {key.removeprefix(PEFT_PREFIX): tuple(tensor.shape) for key, tensor in expected.items()}
+    found = {key.removeprefix(PEFT_PREFIX): tuple(tensor.shape) for key, tensor in loaded.items()}
+    problems = []
+    if missing := sorted(set(wanted) - set(found)):
+        problems.append(f"{len(missing)} missing: {_some(missing)}")
+    if unexpected := sorted(set(found) - set(wanted) - known):
+        near = difflib.get_close_matches(unexpected[0], list(wanted), n=1, cutoff=0.5)
+        hint = f" (nearest name in the model: {near[0]})" if near else ""
+        problems.append(f"{len(unexpected)} unexpected: {_some(unexpected)}{hint}")
+    if shapes := [
+        f"{key} is {list(found[key])} in the file and {list(wanted[key])} in the model"
+        for key in sorted(set(wanted) & set(found))
+        if wanted[key] != found[key]
+    ]:
+        problems.append(f"{len(shapes)} of another shape: {_some(shapes)}")
+    if problems:
+        raise ValueError(
+            f"The adapter file does not fit the {method} adapter {adapter_name!r} of this model. {'; '.join(problems)}. "
+            f"Load it onto the base model that it was trained on (`base_model_name_or_path` in adapter_config.json), with the "
+            f"config that was saved with it. The model was left as it was."
+        )
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Undo an injection: delete the adapter, put base layers back where no adapter is left, and thaw what was frozen."""
+    for name, module in reversed(list(model.named_modules())):  # inner wrappers before outer ones
+        if isinstance(module, BaseTunerLayer):
+            others = module._get_available_adapters() - {adapter_name}
+            original: Any = module.base_layer  # type: ignore[attr-defined]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            others = module._adapters - {adapter_name}
+            original = module.original_module
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        if not others:
+            setattr(model.get_submodule(parent), child, original)
+        elif isinstance(module, BaseTunerLayer):
+            for container in module.adapter_layer_names:
+                getattr(module, container).pop(adapter_name)
+        else:
+            module.delete_adapter(adapter_name, new_active_adapters=None)
+    tuner = next((module for module in model.modules() if isinstance(module, BaseTuner)), None)
+    for holder in (model, tuner, getattr(tuner, "model", None)):
+        configs = getattr(holder, "__dict__", {}).get("peft_config", {})
+        configs.pop(adapter_name, None)
+    if tuner is not None and not tuner.peft_config:
+        tuner.model.__dict__.pop("peft_config", None)
+        for parameter in tuner.__dict__.get("trainable_before", []):
+            parameter.requires_grad_(True)

@@ -1,0 +1,209 @@
+"""The tuner: puts adapters on a model, and answers for them to PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from .batch_norm import BatchNormLayer, wrap_batch_norms
+from .delta import Delta
+from .geometry import Geometry, quantization_backend
+from .kinds import ParamWrapper, make_layer
+from .layer import SubspaceLayer
+from .loading import check_state_dict, remove_adapter
+from .mixed_batch import adapter_names_passed_on
+from .targets import check_patterns, find_targets, resolve_targets
+from .weighted import add_weighted_adapter
+
+
+class SubspaceModel(BaseTuner):
+    """Base of all tuners. A method states its `prefix` and its `delta_cls`; nothing else is required.
+
+    `get_peft_model` makes it; its public methods can be called on the PeftModel.
+    """
+
+    delta_cls: ClassVar[type[Delta]]
+    peft_config: dict[str, Any]
+    tuner_layer_cls = SubspaceLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # empty: `resolve_targets` knows the defaults
+
+    # Injection -------------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the model; on any error the model stays as it was."""
+        config = self.peft_config[adapter_name]
+        try:
+            self._check_adapter_name(adapter_name)
+            if "trainable_before" not in self.__dict__:
+                self.__dict__["trainable_before"] = [p for p in model.parameters() if p.requires_grad]
+            with warnings.catch_warnings():
+                # PEFT looks for patterns among module names only, and would call those of parameters unmatched
+                warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.adapt_batch_norm:
+                for layer in wrap_batch_norms(model, self.prefix, adapter_name):
+                    layer.set_adapter(self.active_adapters)
+        except Exception:
+            remove_adapter(self, adapter_name)
+            raise
+
+    def _check_adapter_name(self, adapter_name: str) -> None:
+        if adapter_name in self.prefix:
+            raise ValueError(
+                f"The adapter name {adapter_name!r} is contained in the prefix {self.prefix!r} of the method, so its tensors "
+                f"could not be told from others. Choose another name."
+            )
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return peft_config  # targets need the model: see `_prepare_model`
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        resolve_targets(peft_config, model)
+        targets = find_targets(model, peft_config, self._check_target_module_exists)
+        self._prepare_targets(peft_config, model, targets)
+        check_patterns(peft_config, targets)
+        for name, geometries in targets.items():
+            for weight, geometry in geometries.items():
+                try:
+                    self.delta_cls.check(geometry, peft_config.for_layer(name, weight))
+                except ValueError as error:
+                    where = name if weight == "weight" or name.endswith(weight) else f"{name}.{weight}"
+                    raise ValueError(f"{where}: {error}") from error
+
+    def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
+        """A method may decide per-layer settings here (ranks by energy). Nothing of the model is changed yet."""
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        known = isinstance(target, SubspaceLayer) and getattr(target, "parameter_name", None) == parameter_name
+        layer: Any = target if known else self._wrap(target, parameter_name)
+        layer.update_layer(adapter_name, peft_config, current_key, inference_mode=peft_config.inference_mode)
+        if not known:
+            layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+            setattr(parent, target_name, layer)
+
+    def _wrap(self, target: nn.Module, parameter_name: str | None) -> SubspaceLayer:
+        layer = make_layer(target, self.prefix, self.delta_cls, parameter_name, **get_quantization_kwargs(self.model))
+        layer.train(target.training)
+        return layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # deltas move to their layer's device by themselves
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Mamba's fused kernels read the weights of `out_proj` and `conv1d` and pass by an adapter."""
+        mamba = {"falcon_h1", "mamba", "mamba2", "falcon_mamba"}
+        if target_name in ("out_proj", "conv1d") and getattr(getattr(model, "config", None), "model_type", None) in mamba:
+            raise ValueError(f"{target_name!r} of a Mamba block is read by a fused kernel and cannot be adapted; exclude it.")
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapter(s)."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for layer in self._batch_norms():
+            if layer.merged_adapters:
+                layer.unmerge()
+            layer.set_adapter(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and its BatchNorm statistics."""
+        super().delete_adapter(adapter_name)
+        for layer in self._batch_norms():
+            layer.delete_adapter(adapter_name)
+
+    def _batch_norms(self) -> list[BatchNormLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BatchNormLayer)]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are float32. With `autocast_adapter_dtype=False` they take the dtype of their base weight."""
+        if autocast_adapter_dtype:
+            return
+        for _, layer in self.named_subspace_layers():
+            for container, delta in layer.deltas(adapter_name).items():
+                owner, name = layer._locate(container)
+                dtype = getattr(owner, name).dtype
+                delta.to(dtype if dtype.is_floating_point else torch.float32)
+
+    def named_subspace_layers(self) -> Iterator[tuple[str, SubspaceLayer]]:
+        """All wrapped layers by the name under which a config's patterns know them."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, SubspaceLayer):
+                name = name.replace(".base_layer", "")  # a wrapper inside another one
+                yield (f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name), module
+
+    @staticmethod
+    def base_weight(model: nn.Module, name: str, weight: str) -> Tensor:
+        """The float weight of a layer that is to be adapted, in the module's layout, dequantised if need be."""
+        module: Any = model.get_submodule(name.removesuffix(f".{weight}"))
+        while hasattr(module, "base_layer"):
+            module = module.base_layer
+        backend = quantization_backend(module, **get_quantization_kwargs(model))
+        return module.get_parameter(weight).data if backend is None else backend.get_base_weight(module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with adapter_names_passed_on(self, kwargs.pop("adapter_names", None), kwargs.get("num_beams")):
+            yield
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` applies: every layer is additive and no statistics are left behind."""
+        return all(m.supports_lora_conversion(adapter_name) for m in self.modules() if isinstance(m, BaseTunerLayer))
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        own = _filter_state_dict_by_key_prefixes(
+            model.state_dict(), _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        )
+        expected = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in own.items()}
+        try:
+            check_state_dict(expected, state_dict, set(model.state_dict()), adapter_name, cls.prefix.rstrip("_"))
+        except ValueError:
+            if config.awaits_weights:
+                remove_adapter(model, adapter_name)
+            raise
+        config.awaits_weights = False
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    # Combination -----------------------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the adapter whose update is exactly sum_i weights[i] dW_i. It is not activated.
+
+        Args:
+            adapters: names of loaded adapters.
+            weights: any real numbers, one per adapter; an adapter of weight 0 adds nothing.
+            adapter_name: name of the new adapter. Its ranks are those of the parts added up.
+            combination_type: only "linear", the exact sum.
+
+        Raises:
+            ValueError: names that are not loaded or already taken, lengths that differ, another combination type.
+        """
+        self._check_adapter_name(adapter_name)
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)

@@ -1,0 +1,124 @@
+"""From an adapter of this package to plain LoRA, which every serving engine reads."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .base import Geometry, SubspaceLayer
+from .base.batch_norm import BatchNormLayer
+
+PEFT_PREFIX = "base_model.model."
+
+
+def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The same update as a LoRA adapter of plain PEFT: exact, no SVD.
+
+    All layers get one rank, the largest; the others are padded with zeros, because serving engines do not read
+    `rank_pattern`. The scale is inside the factors (`lora_alpha = r`). BatchNorm statistics and whole trained
+    modules go along as `modules_to_save`.
+
+    Args:
+        model: a PeftModel, or a transformers model with adapters.
+        adapter_name: which adapter.
+
+    Returns:
+        The config and the tensors, as PEFT would save them.
+
+    Raises:
+        ValueError: an adapter that is not there, or a layer that PEFT's LoRA cannot express, by name.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is None:
+        raise ValueError(f"There is no adapter {adapter_name!r}. Loaded: {sorted(getattr(model, 'peft_config', {}))}.")
+    factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # layer -> (weight -> A, B)
+    layers: dict[str, nn.Module] = {}
+    saved: dict[str, dict[str, Tensor]] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, SubspaceLayer) and module.has_adapter(adapter_name):
+            factors[name] = _layer_factors(name, module, adapter_name)
+            layers[name] = module.get_base_layer()
+        elif isinstance(module, BatchNormLayer) and module.has_adapter(adapter_name):
+            statistics = getattr(module, module.container)[adapter_name].state_dict()
+            saved[name] = {**module.base_layer.state_dict(), **statistics}
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            saved[name] = module.adapter_state_dict(adapter_name, module.state_dict())  # type: ignore[call-arg]
+    rank = max(down.shape[0] for weights in factors.values() for down, _ in weights.values())
+    state_dict = {}
+    for name, weights in factors.items():
+        for weight, (down, up) in weights.items():
+            state_dict.update(_lora_tensors(name, weight, layers[name], *_padded(down, up, rank)))
+    for name, tensors in saved.items():
+        state_dict.update({f"{name}.{key}": tensor for key, tensor in tensors.items()})
+    lora_config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(factors),
+        modules_to_save=sorted(saved) or None,
+        fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
+        base_model_name_or_path=config.base_model_name_or_path or getattr(base, "name_or_path", None),
+        task_type=config.task_type,
+        inference_mode=True,
+    )
+    return lora_config, {PEFT_PREFIX + key: tensor.detach().clone().contiguous() for key, tensor in state_dict.items()}
+
+
+def save_as_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Write `to_lora(model)` as a folder that `PeftModel.from_pretrained` loads without this package."""
+    lora_config, state_dict = to_lora(model, adapter_name)
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    save_file(state_dict, path + ".partial", metadata={"format": "pt"})
+    os.replace(path + ".partial", path)
+    lora_config.save_pretrained(os.fspath(directory))
+
+
+def _layer_factors(name: str, layer: SubspaceLayer, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    factors = {}
+    for container, delta in layer.deltas(adapter_name).items():
+        weight, geometry = layer.geometries[container]
+        found = delta.lora_factors()
+        reason = _no_lora(geometry, layer.get_base_layer()) if found is not None else "its update has no exact LoRA form"
+        if reason:
+            raise ValueError(
+                f"{name}.{weight}: cannot be exported to LoRA: {reason}. Merge the adapter into the model instead "
+                f"(`merge_and_unload`), or train without this layer (exclude_modules)."
+            )
+        factors[weight] = found
+    return factors
+
+
+def _no_lora(geometry: Geometry, base_layer: nn.Module) -> str | None:
+    """Why PEFT's own LoRA layer would compute something else, or None."""
+    if geometry.kind == "conv" and geometry.padding_mode != "zeros":
+        return f"PEFT's conv LoRA ignores padding_mode={geometry.padding_mode!r}"
+    if geometry.kind == "conv" and any(d != 1 for d in geometry.dilation):
+        return f"PEFT's conv LoRA ignores dilation={geometry.dilation}"
+    if isinstance(base_layer, nn.MultiheadAttention) and not base_layer._qkv_same_embed_dim:
+        return "PEFT's LoRA needs query, key and value of one size"
+    if geometry.reads_own_weight and not isinstance(base_layer, nn.MultiheadAttention):
+        return f"{type(base_layer).__name__} has a forward of its own"
+    return None
+
+
+def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - down.shape[0]
+    return torch.cat([down, down.new_zeros(missing, *down.shape[1:])]), F.pad(up, (0, missing))
+
+
+def _lora_tensors(name: str, weight: str, layer: nn.Module, down: Tensor, up: Tensor) -> dict[str, Any]:
+    if isinstance(layer, nn.Embedding):
+        return {f"{name}.lora_embedding_A": down, f"{name}.lora_embedding_B": up}
+    if weight == "out_proj.weight":  # PEFT wraps the projection inside the attention
+        name = f"{name}.base_layer.out_proj"
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up.reshape(*up.shape, *[1] * (down.ndim - 2))}

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: torch and tensorly only, no `nn.Module`, no PEFT."""

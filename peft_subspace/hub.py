@@ -1,0 +1,128 @@
+"""Model cards: what an adapter is, what it measures, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from .base import SubspaceConfig
+from .base.batch_norm import STATISTICS
+from .base.config import AFTER_SAVE
+
+START, END = "<!-- peft_subspace: begin -->", "<!-- peft_subspace: end -->"  # what is between is written anew on saving
+
+
+def write_model_card(directory: str | os.PathLike[str], metrics: dict[str, float] | None = None) -> None:
+    """Write or complete the README.md of a saved adapter.
+
+    The card has the base model, method, paper, ranks, trained parameters, file size, metrics, tags and the snippet that loads
+    the adapter. Text that you add outside of the marked part stays.
+
+    Args:
+        directory: a folder written by `save_pretrained`.
+        metrics: measured figures, such as {"accuracy": 0.93}; also kept in adapter_config.json. Before saving or pushing, set
+            `model.peft_config["default"].metrics` instead.
+    """
+    config = SubspaceConfig.from_pretrained(directory)
+    if metrics is not None:
+        config.metrics = metrics
+        config.save_pretrained(os.fspath(directory))  # which updates the card too
+    else:
+        update_model_card(os.fspath(directory), config)
+
+
+def update_model_card(directory: str, config: SubspaceConfig) -> None:
+    """Put our part into the card beside the weights; called whenever an adapter's config is saved."""
+    weights = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.exists(weights):
+        return
+    path = os.path.join(directory, "README.md")
+    card = ModelCard.load(path) if os.path.exists(path) else ModelCard("---\n---\n\n# Adapter\n")
+    if "{{" in card.text or "[More Information Needed]" in card.text:
+        card = ModelCard(f"---\n{card.data.to_yaml()}\n---\n")  # PEFT's empty form: 60 headings without a word under them
+    base_model = config.base_model_name_or_path or ""
+    data: Any = card.data
+    data.library_name = "peft"
+    tags = {"peft", "peft-subspace", config.method.lower(), *(data.tags or [])}
+    if is_model_id(base_model):
+        data.base_model = base_model
+    else:  # a folder of somebody's machine; the Hub refuses it
+        data.base_model = None
+        tags = {tag for tag in tags if not tag.startswith("base_model:")}
+    data.tags = sorted(tags)
+    before, _, rest = card.text.partition(START)
+    after = rest.partition(END)[2]
+    card.text = before.rstrip() + "\n\n" + START + "\n" + _body(directory, config) + "\n" + END + "\n" + after.lstrip("\n")
+    partial = path + ".partial"
+    card.save(partial)
+    os.replace(partial, path)
+
+
+def _body(directory: str, config: SubspaceConfig) -> str:
+    weights = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    parameters, size = count_parameters(weights), os.path.getsize(weights)
+    base_model = config.base_model_name_or_path or "unknown"
+    rows = [
+        ("Base model", f"`{base_model if is_model_id(base_model) else os.path.basename(os.path.normpath(base_model))}`"),
+        ("Method", f"[{config.title}]({config.paper})"),
+        ("Ranks", _ranks(config)),
+        ("Trained parameters", f"{parameters:,}"),
+        ("File size", f"{size / 1024:,.0f} kB"),
+        *((name.replace("_", " "), f"{value:.4g}") for name, value in (config.metrics or {}).items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""# {config.title} adapter
+
+| | |
+| --- | --- |
+{table}
+
+## Load it
+
+`pip install peft-subspace`, then:
+
+```python
+import peft_subspace  # registers the {config.method} type with PEFT; without it PEFT raises KeyError: '{config.method}'
+from peft import {_auto_class(config)}
+
+model = {_auto_class(config)}.from_pretrained("this-repository")
+```"""
+
+
+def _auto_class(config: SubspaceConfig) -> str:
+    names = {
+        "CAUSAL_LM": "AutoPeftModelForCausalLM",
+        "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+        "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+        "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+        "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+        "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+    }
+    return names.get(str(getattr(config.task_type, "value", config.task_type)), "AutoPeftModel")
+
+
+def is_model_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id (`model` or `owner/model`), which a path seldom has."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+
+
+def _ranks(config: Any) -> str:
+    ranks = f"r = {config.r}" if hasattr(config, "r") else "-"
+    return f"{ranks}, {len(config.rank_pattern)} layers with their own" if config.rank_pattern else ranks
+
+
+def count_parameters(path: str) -> int:
+    """Number of trained values in an adapter's file, read off its header: all but running statistics."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    trained = (name for name in header if name != "__metadata__" and name.rpartition(".")[2] not in STATISTICS)
+    return sum(math.prod(header[name]["shape"]) for name in trained)
+
+
+AFTER_SAVE.append(update_model_card)

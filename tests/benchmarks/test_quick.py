@@ -1,0 +1,79 @@
+"""The benchmark scripts run and say what they promise. No figure is asserted but the exact ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def run_quick(script: str, tmp_path: Path, *options: str) -> dict[str, Any]:
+    main = importlib.import_module(f"benchmarks.{script}").main
+    report: dict[str, Any] = main(["--quick", "--out", str(tmp_path), "--name", "quick", *options])
+    assert json.loads((tmp_path / "quick.json").read_text()) == report
+    assert {"torch", "peft", "transformers", "peft_subspace"} <= set(report["versions"])
+    return report
+
+
+@pytest.mark.parametrize("model", ["llama", "bert-base", "vit-base", "resnet-34"])
+def test_step_prints_a_table_with_an_aa_row(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_quick("step", tmp_path, "--model", model)
+    printed = capsys.readouterr().out
+    assert "lora-again" in printed
+    assert "A/A" in printed
+    rows = report["rows"]
+    assert {"lora", "lora-again", "floor-1", "floor-2", "flora", "flora-official"} <= set(rows)
+    assert ("vera" in report["left_out"]) == (model == "resnet-34") == ("vera" not in rows)
+    for row in rows.values():
+        assert row["bytes_saved"] > 0
+        assert len(row["step_ms"]) == 2
+        assert all(ms > 0 for ms in row["step_ms"])
+    # exact: the same method keeps the same bytes, and no adapter in the first block keeps less than floor 1
+    assert rows["lora"]["bytes_saved"] == rows["lora-again"]["bytes_saved"] > rows["floor-1"]["bytes_saved"]
+    assert rows["flora"]["adapter_parameters"] == rows["flora-official"]["adapter_parameters"]
+    # every method starts at the base, so all losses of the first step are the same
+    starts = {name: row["first_loss"] for name, row in rows.items() if not (name == "oft" and model == "resnet-34")}
+    assert starts == pytest.approx(dict.fromkeys(starts, rows["floor-1"]["first_loss"]), rel=1e-3)
+
+
+def test_step_always_measures_lora_twice_and_floor_2(tmp_path: Path) -> None:
+    report = run_quick("step", tmp_path, "--methods", "flora", "--rounds", "1")
+    assert set(report["rows"]) == {"flora", "lora", "lora-again", "floor-2"}
+
+
+def test_step_names_an_unknown_method(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bogus.*Accepted: all, lora"):
+        run_quick("step", tmp_path, "--methods", "flora,bogus")
+
+
+def test_official_flora_is_the_same_function_as_ours(tmp_path: Path) -> None:
+    """The oracle of the table computes what this package computes, for the same factors."""
+    import torch
+
+    from benchmarks.step import OfficialFlora
+    from peft_subspace import FloraConfig, FloraDelta
+    from peft_subspace.base.geometry import describe
+
+    for layer, x in ((torch.nn.Linear(12, 8), torch.randn(5, 12)), (torch.nn.Conv2d(12, 8, 3, 2, 1), torch.randn(2, 12, 9, 9))):
+        official = OfficialFlora(layer, 4, 2, scale=0.5)
+        torch.nn.init.normal_(official.core)
+        delta = FloraDelta(describe(layer)["weight"], FloraConfig(r=4, r_spatial=2, scale=0.5))
+        with torch.no_grad():
+            delta.core.copy_(official.core.transpose(0, 1))
+            for mode, factor in zip([1, 0, 2, 3], official.factors, strict=False):
+                getattr(delta, f"factor_{mode}").copy_(factor)
+        y0 = layer(x)
+        torch.testing.assert_close(delta(x, y0, y0), official(x))
+
+
+def test_io_prints_a_table_with_an_aa_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_quick("io", tmp_path)
+    assert "lora-again" in capsys.readouterr().out
+    rows = report["rows"]
+    assert rows["lora"]["file_bytes"] == rows["lora-again"]["file_bytes"]
+    for row in rows.values():
+        assert row["file_bytes"] > 0
+        assert all(ms > 0 for operation in ("init", "save", "load", "merge") for ms in row[operation]["wall_ms"])
