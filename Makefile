@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup quickstart test conformance lint types bench clean
+.PHONY: help setup quickstart test conformance quantised lint types bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,12 @@ test: setup ## run the tests
 
 conformance: setup ## run PEFT's own test-suite against our configs
 	$(BIN)/python tests/conformance/run.py -n 2
+
+quantised: setup ## the tests on quantised bases, in an environment of their own
+	test -d $(VENV)-quantised || $(PYTHON) -m venv $(VENV)-quantised
+	$(VENV)-quantised/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'bitsandbytes==0.50.2' \
+		'torchao==0.18.0' -c constraints.txt 2>&1 | grep -v 'is ignored' || true
+	$(VENV)-quantised/bin/python -m pytest -q tests/quantised
 
 lint: setup ## ruff
 	$(BIN)/ruff check .

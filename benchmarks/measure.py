@@ -173,7 +173,7 @@ class Workload:
     batch: dict[str, Tensor]
 
     def fresh(self, share: bool = True) -> nn.Module:
-        """A copy of the model with a trainable head.
+        """A copy of the model; the head is its own.
 
         Args:
             share: use the same frozen parameters in all copies, as long as no one writes into them.
@@ -282,9 +282,13 @@ def _status_bytes(field: str) -> int:
 
 
 def rotated(names: list[str], round_number: int) -> list[str]:
-    """The order of one round: each method is first once, so that warming up and cooling down hit all alike."""
-    start = round_number % len(names)
-    return names[start:] + names[:start]
+    """The order of one round (a Williams design): over the rounds no method keeps its place or its predecessor.
+
+    What a method leaves in the caches then hits all others alike. `[0, n-1, 1, n-2, ...]`, moved on by one each round.
+    """
+    count = len(names)
+    zigzag = [position // 2 if position % 2 == 0 else count - 1 - position // 2 for position in range(count)]
+    return [names[(place + round_number) % count] for place in zigzag]
 
 
 # Ratios --------------------------------------------------------------------------------------------------------------

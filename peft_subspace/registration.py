@@ -7,12 +7,16 @@ enough: a real member has to be added. Everything that this needs to know about 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
 from packaging.version import Version
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
@@ -84,6 +88,29 @@ def register(config_cls: Any, model_cls: Any) -> None:
             raise RuntimeError(f"The prefix {prefix!r} of {name!r} is taken by the PEFT type {other.value!r}.")
     add_peft_type(name)
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=prefix)
+
+
+def complete_cards(update: Callable[[str, Any], None]) -> None:
+    """Have `update(directory, config)` called when others have written the README.md of a model with adapters.
+
+    `PeftModel.push_to_hub` saves the adapter with its card, and then writes the Hub's old card or an empty form over it;
+    `Trainer.push_to_hub` writes a card of its own and asks PEFT to complete it. Neither has a hook, so the two methods of
+    PeftModel that they call afterwards are wrapped. `update` gets the configs of other methods too.
+    """
+    for method, first in (("create_or_update_model_card", False), ("_upload_modified_files", True)):
+        original = getattr(PeftModel, method)
+        original = getattr(original, "peft_subspace_wraps", original)  # when this module is executed again
+
+        @functools.wraps(original)
+        def wrapper(self: Any, *args: Any, original: Any = original, first: bool = first, **kwargs: Any) -> Any:
+            result = None if first else original(self, *args, **kwargs)
+            if "default" in self.peft_config:  # other adapters have folders, and cards, of their own
+                directory = list(inspect.signature(original).bind(self, *args, **kwargs).arguments.values())[1]
+                update(str(directory), self.peft_config["default"])
+            return original(self, *args, **kwargs) if first else result
+
+        wrapper.peft_subspace_wraps = original  # type: ignore[attr-defined]
+        setattr(PeftModel, method, wrapper)
 
 
 def _full_name(cls: type) -> str:

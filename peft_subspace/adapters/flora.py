@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
+from ..base.config import find_pattern
+from ..base.convolution import add_low_rank_convolution
 from ..base.gradients import mean_gradients
 from ..functional import tucker
 from ..functional.low_rank import add_low_rank
@@ -174,11 +176,13 @@ class FloraDelta(Delta):
         A depthwise convolution is cheaper than its own factors. Building dW costs once per call what is paid back over
         the positions, but its gradient is a second one of full size, so a tie goes to the factors.
         """
+        if self.geometry.kind == "weight":
+            return False
         shape, ranks = self.geometry.shape, self.core.shape
         area = math.prod(self.geometry.kernel)
         groups = self.geometry.groups
         factored = groups * (shape[1] * ranks[1] + ranks[0] * ranks[1] * area) + shape[0] * ranks[0]
-        return self.geometry.kind != "weight" and factored <= shape[0] * shape[1] * area
+        return factored <= shape[0] * shape[1] * area
 
     def forward(self, x: Tensor, y0: Tensor, out: Tensor) -> Tensor:
         """`out + dW x` as U_out (s G') (U_in^T x), where G' is the core with the kernel's factors multiplied in.
@@ -189,14 +193,12 @@ class FloraDelta(Delta):
         geometry = self.geometry
         if self.dense:
             return geometry.dense(x, self.delta_weight().to(out.dtype), out)
-        kernel = tucker.reconstruct(self.core, [None, None, *self.factors()[2:]]).mul(self.scale).to(out.dtype)
-        factor_out, factor_in = self.factor_0.to(out.dtype), self.factor_1.to(out.dtype)
         if geometry.kind == "linear":
-            return add_low_rank(out, x, factor_in, kernel, factor_out)
-        z = geometry.down(x, factor_in)
-        if geometry.kind == "conv" and not geometry.pointwise:
-            return geometry.up(geometry.spatial(z, kernel, out), factor_out, out)
-        return geometry.up(z, factor_out @ kernel.flatten(1), out)
+            return add_low_rank(out, x, self.factor_1, self.core, self.factor_0, self.scale)
+        if geometry.kind == "conv":
+            return add_low_rank_convolution(geometry, out, x, self.core, self.factors(), self.scale)
+        rows = geometry.down(x, self.factor_1.to(out.dtype))
+        return geometry.up(rows, (self.factor_0 @ self.core).mul(self.scale).to(out.dtype), out)
 
     def delta_weight(self) -> Tensor:
         return tucker.reconstruct(self.core * self.scale, self.factors())
@@ -245,6 +247,8 @@ class FloraDelta(Delta):
                 core = tucker.mode_product(core, factor.to(core.dtype), mode)
             else:
                 named[f"factor_{mode}"] = factor
+        if self.geometry.padding_idx is not None:
+            named["factor_1"][self.geometry.padding_idx] = 0  # exactly: neither rounding nor a completed basis moves the row
         return {"core": core, **named}
 
 
@@ -262,10 +266,11 @@ class FloraModel(SubspaceModel):
     def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
         if config.energy is None or config.init_weights == "gradient" or config.inference_mode:
             return
+        chosen = dict(config.rank_pattern)
         for name, geometries in targets.items():
             for weight, geometry in geometries.items():
                 key = name if weight == "weight" or name.endswith(f".{weight}") else f"{name}.{weight}"
-                if key not in config.rank_pattern:
+                if all(find_pattern(chosen, name_of) is None for name_of in (key, name)):
                     tensor = self.base_weight(model, name, weight)
                     config.rank_pattern[key] = energy_ranks(geometry.canonical(tensor), geometry, config)
 
@@ -307,8 +312,20 @@ class FloraModel(SubspaceModel):
         tensors = {c: dict(d.state_dict()) for c, d in layer.deltas(adapter_name).items()}
         zero = tucker.Tucker(torch.zeros(ranks), factors)
         tensors[container] = layer.deltas(adapter_name)[container]._named(*FloraDelta._rescaled(zero))
-        layer.update_layer(adapter_name, config, key)
+        self._rebuild(layer, key, adapter_name, tensors)
+
+    def _rebuild(self, layer: SubspaceLayer, key: str, adapter_name: str, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Make an adapter of a layer anew in the ranks that its config has by now, from tensors made for its old scale."""
+        before = layer.deltas(adapter_name)
+        flags = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+        layer.update_layer(adapter_name, self.peft_config[adapter_name], key)
+        for container, delta in layer.deltas(adapter_name).items():
+            old = before[container]
+            tensors[container]["core"] = tensors[container]["core"] * (old.scale / delta.scale)  # it depends on the ranks
+            delta.to(old.core.dtype).requires_grad_(old.core.requires_grad)
         layer.load_tensors(adapter_name, tensors)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
     def prune(self, adapter_name: str = "default", tolerance: float = 0.01) -> dict[str, dict[str, Any]]:
         """Lower the ranks of a trained adapter as far as the relative error of each dW allows.
@@ -334,8 +351,7 @@ class FloraModel(SubspaceModel):
                 config.rank_pattern[name] = ranks
                 report[name] = {"before": before, "after": ranks, "error": error}
             if tensors:
-                layer.update_layer(adapter_name, config, key)
-                layer.load_tensors(adapter_name, tensors)
+                self._rebuild(layer, key, adapter_name, tensors)
         return report
 
 

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from .. import _version
-from .files import check_adapter_file
+from .files import check_adapter_file, find_adapter_file
 
 TARGET_SHORTHANDS = ("all-linear", "all-conv")
 # What else happens when an adapter was written to a folder. `hub` adds the model card; this layer need not know of it.
@@ -52,8 +52,8 @@ class SubspaceConfig(PeftConfig):
     # {pattern field: the field that it overrides for one layer}
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
     # Set on a config that was read from a file until the weights beside it are loaded: if they do not fit, the adapter
-    # is taken off again.
-    awaits_weights: ClassVar[bool] = False
+    # is taken off again. Holds the keys of the weights' file, none if there is no such file.
+    awaits_weights: ClassVar[frozenset[str] | None] = None
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
@@ -133,19 +133,21 @@ class SubspaceConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read `adapter_config.json`; in a local folder, also check that the weights beside it are whole.
+        """Read `adapter_config.json`, and check that the weights beside it are whole.
 
         PEFT wraps the model before it opens the weights. Looking here means that a truncated file is refused, by name,
-        while the model is still as it was.
+        while the model is still as it was. From the Hub, the file goes into the cache, where PEFT finds it a moment later.
         """
-        folder = os.path.join(os.fspath(pretrained_model_name_or_path), subfolder or "")
-        check_adapter_file(os.path.join(folder, "adapter_model.safetensors"))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.awaits_weights = True  # the instance's own, not a field
+        download = cls._split_kwargs(kwargs)[0]
+        path = find_adapter_file(os.fspath(pretrained_model_name_or_path), subfolder, download)
+        config.awaits_weights = check_adapter_file(path) if path is not None else frozenset()  # its own, not a field
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, then call `AFTER_SAVE` (PEFT saves the config last: the weights are there)."""
+        if self.metrics is not None:  # values of numpy and torch cannot be written
+            self.metrics = {name: float(value) for name, value in self.metrics.items()}
         super().save_pretrained(save_directory, **kwargs)
         path = os.path.join(save_directory, "adapter_config.json")
         with open(path) as reader:

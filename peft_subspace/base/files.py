@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 
-def check_adapter_file(path: str) -> None:
-    """Raise if a safetensors file is cut short or its header is damaged; a file that does not exist passes.
+def find_adapter_file(name: str, subfolder: str | None, download: dict[str, Any]) -> str | None:
+    """Path of an adapter's weights, downloaded if `name` is a Hub id; None if there is no safetensors file."""
+    if os.path.isdir(name):
+        path = os.path.join(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        return path if os.path.isfile(path) else None
+    try:
+        return hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download)
+    except EntryNotFoundError:
+        return None
+
+
+def check_adapter_file(path: str) -> frozenset[str]:
+    """Keys of a safetensors file; raises if it is cut short or its header is damaged.
 
     A safetensors file is 8 bytes of header length, a JSON header, and the tensors, each at stated offsets, the last of
     which must be the end of the file. Only the header is read.
@@ -15,8 +31,6 @@ def check_adapter_file(path: str) -> None:
     Raises:
         ValueError: names the file, what it is, and what it should be.
     """
-    if not os.path.isfile(path):
-        return
     size = os.path.getsize(path)
     advice = "Save or download the adapter again; the model was not changed."
     with open(path, "rb") as file:
@@ -35,3 +49,4 @@ def check_adapter_file(path: str) -> None:
         raise ValueError(
             f"{path} has {size} bytes where its header says {8 + length + end}: it is cut short or damaged. {advice}"
         )
+    return frozenset(tensors)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,10 +18,10 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import convolution
+
 Kind = Literal["linear", "conv", "embedding", "weight"]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _CONV_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE_CLASSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Layers that we call and then add to. A subclass with a forward of its own (a router that returns a tuple, a conv that pads
@@ -50,11 +51,11 @@ class Geometry:
     padding_idx: int | None = None
     groups: int = 1
     stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] | str = ()
+    padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     transposed: bool = False
     padding_mode: str = "zeros"
-    border: tuple[int, ...] = ()  # what F.pad takes for a padding_mode other than zeros
+    border: tuple[int, ...] = ()  # what F.pad takes, instead of `padding`, for other modes or two different sides
 
     @property
     def out_features(self) -> int:
@@ -64,7 +65,7 @@ class Geometry:
     @property
     def in_features(self) -> int:
         """Input channels of all groups, or features."""
-        return self.shape[1] * self.groups
+        return self.shape[1] * self.groups if len(self.shape) > 1 else 1  # a bare vector has one mode
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -74,11 +75,21 @@ class Geometry:
     @property
     def pointwise(self) -> bool:
         """Whether a convolution mixes channels only (every kernel side is 1 and nothing is padded)."""
-        return math.prod(self.kernel) == 1 and not self.transposed and self._pads_nothing
+        return math.prod(self.kernel) == 1 and not self.transposed and not any(self.padding)
 
     @property
-    def _pads_nothing(self) -> bool:
-        return self.padding in ("valid", "same") or not any(self.padding)
+    def border_mode(self) -> str:
+        """`padding_mode` as F.pad calls it."""
+        return "constant" if self.padding_mode == "zeros" else self.padding_mode
+
+    def output_padding(self, before: Sequence[int], after: Sequence[int]) -> list[int]:
+        """What a transposed convolution adds at its end to get from one size to the other; its stride leaves that open."""
+        return [
+            size_out - ((size_in - 1) * stride - 2 * padding + dilation * (k - 1) + 1)
+            for size_in, size_out, stride, padding, dilation, k in zip(
+                before, after, self.stride, self.padding, self.dilation, self.kernel, strict=True
+            )
+        ]
 
     # Layout ----------------------------------------------------------------------------------------------------------
 
@@ -106,37 +117,23 @@ class Geometry:
         if self.kind == "embedding":
             rows = F.embedding(x, factor, self.padding_idx)
             return rows if self.multiplier == 1.0 else rows * self.multiplier
-        if self.groups > 1:
-            x = x.unflatten(1, (self.groups, -1)).flatten(0, 1)
-        weight = factor.t().reshape(factor.shape[1], factor.shape[0], *[1] * len(self.kernel))
-        return _CONVOLVE[len(self.kernel)](x, weight, stride=self.stride if self.pointwise else 1)
+        return convolution.down(self, x, factor)
 
     def spatial(self, z: Tensor, kernel: Tensor, like: Tensor) -> Tensor:
         """The convolution proper, on the few channels that `down` left.
-
-        Padding commutes with the pointwise `down`, so the border is added to r channels and not to `in` of them.
 
         Args:
             z: `[n, r_in, *space]`.
             kernel: `[r_out, r_in, *kernel]`.
             like: the base's output; a transposed conv takes its size (stride leaves it open).
         """
-        n = len(self.kernel)
-        if self.transposed:
-            return self._transposed_convolution(z, kernel.transpose(0, 1), like, groups=1)
-        stride = 1 if self.pointwise else self.stride
-        if self.border:
-            return _CONVOLVE[n](F.pad(z, self.border, mode=self.padding_mode), kernel, None, stride, 0, self.dilation)
-        return _CONVOLVE[n](z, kernel, None, stride, self.padding, self.dilation)
+        return convolution.spatial(self, z, kernel, like.shape[2:])
 
     def up(self, z: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         """Expand to the output channels with `factor` `[out, r]` and add: `out + z factor^T`, in one pass over `out`."""
         if self.kind in ("linear", "embedding"):
             return torch.addmm(out.reshape(-1, out.shape[-1]), z.reshape(-1, z.shape[-1]), factor.t()).view(out.shape)
-        n = len(self.kernel)
-        if self.groups > 1:
-            z = z.unflatten(0, (-1, self.groups)).flatten(1, 2)
-        return out + _CONVOLVE[n](z, factor.reshape(*factor.shape, *[1] * n), groups=self.groups)
+        return out + convolution.up(self, z, factor)
 
     def dense(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """`out` plus the layer's own operation with a full canonical weight, without bias."""
@@ -144,22 +141,13 @@ class Geometry:
             return out + F.linear(x, weight)
         if self.kind == "embedding":
             return out + self.multiplier * F.embedding(x, weight.t(), self.padding_idx)
-        if self.transposed:
-            return out + self._transposed_convolution(x, self.native(weight), out, groups=self.groups)
-        padding: Any = self.padding
+        native, padding, n = self.native(weight), self.padding, len(self.kernel)
         if self.border:
-            x, padding = F.pad(x, self.border, mode=self.padding_mode), 0
-        return out + _CONVOLVE[len(self.kernel)](x, weight, None, self.stride, padding, self.dilation, self.groups)
-
-    def _transposed_convolution(self, x: Tensor, native: Tensor, like: Tensor, groups: int) -> Tensor:
-        n = len(self.kernel)
-        assert not isinstance(self.padding, str)  # torch knows no "same" for transposed convolutions
-        extra = [
-            like.shape[2 + i] - ((x.shape[2 + i] - 1) * self.stride[i] - 2 * self.padding[i])
-            - (self.dilation[i] * (self.kernel[i] - 1) + 1)
-            for i in range(n)
-        ]  # fmt: skip
-        return _CONVOLVE_TRANSPOSED[n](x, native, None, self.stride, self.padding, extra, groups, self.dilation)
+            x, padding = F.pad(x, self.border, mode=self.border_mode), (0,) * n
+        extra = self.output_padding(x.shape[2:], out.shape[2:]) if self.transposed else (0,) * n
+        return out + torch.convolution(
+            x, native, None, self.stride, padding, self.dilation, self.transposed, extra, self.groups
+        )
 
 
 def describe(module: nn.Module, parameter: str | None = None) -> dict[str, Geometry]:
@@ -204,23 +192,36 @@ def _describe_layer(module: nn.Module) -> Geometry | None:
         )
     if isinstance(module, (*_CONV_CLASSES, *_CONV_TRANSPOSE_CLASSES)):
         transposed = isinstance(module, _CONV_TRANSPOSE_CLASSES)
+        padding, border = _zero_padding(module), tuple[int, ...]()
+        if padding is None or module.padding_mode != "zeros":
+            padding, border = (0,) * len(module.kernel_size), tuple(module._reversed_padding_repeated_twice)
         return Geometry(
             "conv",
             (module.out_channels, module.in_channels // module.groups, *module.kernel_size),
             swapped=transposed,
             groups=module.groups,
             stride=module.stride,
-            padding=module.padding,
+            padding=padding,
             dilation=module.dilation,
             transposed=transposed,
             padding_mode=module.padding_mode,
-            border=tuple(module._reversed_padding_repeated_twice) if module.padding_mode != "zeros" else (),
+            border=border,
         )
     if isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module):
         in_features, out_features = _get_in_out_features(module)
         if in_features and out_features:
             return Geometry("linear", (out_features, in_features), swapped=isinstance(module, Conv1D))
     return None
+
+
+def _zero_padding(module: Any) -> tuple[int, ...] | None:
+    """The padding of a convolution in numbers; None if the two sides differ ("same" with an even kernel)."""
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(width % 2 for width in total) else tuple(width // 2 for width in total)
+    return module.padding
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional.low_rank import without_autocast
 from .delta import Delta
 from .geometry import FLOAT_DTYPES, Geometry, describe
 from .layer import SubspaceLayer
@@ -27,12 +28,16 @@ class CalledLayer(SubspaceLayer):
         return self._add(deltas, x, y0)
 
     def _add(self, deltas: list[Delta], x: Tensor, y0: Tensor) -> Tensor:
+        kernel = self.geometries[self.adapter_layer_names[0]][1].kernel
+        if kernel and x.ndim == len(kernel) + 1:  # a convolution also takes one sample without a batch axis
+            return self._add(deltas, x[None], y0[None])[0]
         out = y0
-        for delta in deltas:
-            if delta.geometry.kind == "embedding":
-                out = delta(x, y0, out)
-            else:
-                out = delta(F.dropout(x.to(out.dtype), delta.dropout, self.training), y0, out)
+        with without_autocast(out):  # an update is in the dtype of the output: autocast would turn that of an embedding
+            for delta in deltas:
+                if delta.geometry.kind == "embedding":
+                    out = delta(x, y0, out)
+                else:
+                    out = delta(F.dropout(x.to(out.dtype), delta.dropout, self.training), y0, out)
         return out
 
     def _replaced_forward(self, names: list[str], deltas: list[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -78,9 +83,10 @@ class OwnWeightLayer(SubspaceLayer):
     def _effective_weight(self, container: str, names: list[str]) -> Tensor:
         owner, name = self._locate(container)
         weight = getattr(owner, name)
-        total = sum(getattr(self, container)[adapter].delta_weight() for adapter in names)
         geometry = self.geometries[container][1]
-        return (weight + geometry.native(total)).to(weight.dtype)
+        with without_autocast(weight):  # composed as `merge` does
+            total = sum(getattr(self, container)[adapter].delta_weight() for adapter in names)
+            return (weight + geometry.native(total)).to(weight.dtype)
 
     def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.get_base_layer(), nn.MultiheadAttention):

@@ -42,24 +42,39 @@ class _Original:
 
     module: nn.Module
     parameters: dict[str, nn.Parameter | None]
-    state: Any
     weight: Tensor
+    # bitsandbytes keeps its state on the layer and on the Parameter, and PEFT's backend changes the latter while it reads it
+    layer_state: dict[str, Any]
+    parameter_state: dict[str, dict[str, Any]]
 
     @classmethod
     def of(cls, layer: SubspaceLayer, container: str) -> _Original:
         owner, _ = layer._locate(container)
-        return cls(owner, dict(owner._parameters), copy.copy(getattr(owner, "state", None)), layer._base_weight(container))
+        parameters = dict(owner._parameters)
+        states = _copied_states(vars(owner))
+        inner = {
+            name: {**vars(p), **_copied_states(vars(p)), "data": p.data} for name, p in parameters.items() if p is not None
+        }
+        return cls(owner, parameters, layer._base_weight(container), states, inner)
 
     def restore(self, layer: SubspaceLayer, container: str) -> None:
         owner, name = layer._locate(container)
         if owner is not self.module:  # HQQ makes a new layer for the merged weight
             layer.base_layer = self.module
         current, original = owner._parameters.get(name), self.parameters.get(name)
-        if current is not None and original is not None and current.device != original.device:
-            original.data = original.data.to(current.device)
+        if original is not None:
+            state = dict(self.parameter_state[name])
+            original.data = state.pop("data")
+            vars(original).clear()
+            vars(original).update(state)
+            if current is not None and current.device != original.device:
+                original.data = original.data.to(current.device)
         self.module._parameters[name] = original
-        if self.state is not None:
-            self.module.state = self.state
+        vars(self.module).update(self.layer_state)
+
+
+def _copied_states(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: copy.copy(value) for name, value in attributes.items() if name in ("state", "quant_state")}
 
 
 class SubspaceLayer(nn.Module, BaseTunerLayer):
@@ -112,7 +127,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             delta.train(self.training)
             getattr(self, container)[adapter_name] = delta
             self._move_adapter_to_device_of_base_layer(adapter_name)
-            if not inference_mode and not any(p.is_meta for p in delta.parameters()):
+            reads_weight = self.delta_cls.prepare is not Delta.prepare  # else a quantised weight is not even dequantised
+            if reads_weight and not inference_mode and not any(p.is_meta for p in delta.parameters()):
                 delta.prepare(geometry.canonical(self._base_weight(container)).float())
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -202,15 +218,18 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 f"A {self.quantization_backend.backend_name} layer cannot be merged: its weight cannot be read back. Keep the "
                 f"adapter beside the base, or load the base unquantised to merge."
             )
-        merged = {container: self._merged_weight(container, [*self.merged_adapters, *names]) for container in self.geometries}
+        new = [container for container in self.geometries if container not in self._originals]
+        self._originals.update({container: _Original.of(self, container) for container in new})
+        merged = {name: self._merged_weight(name, [*self.merged_adapters, *names]) for name in self.geometries}
         for container, weight in merged.items():
             if safe_merge and not torch.isfinite(weight).all():
+                for changed in new:
+                    self._originals.pop(changed).restore(self, changed)
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
                     f"({self.geometries[container][0]} of {self._get_name()})"
                 )
         for container, weight in merged.items():
-            self._originals.setdefault(container, _Original.of(self, container))
             self._set_weight(container, weight)
         self.merged_adapters.extend(names)
 
@@ -251,9 +270,21 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if container in self._originals:
             return self._originals[container].weight
         if self.quantization_backend is not None:
+            self._refuse_packed()
             return self.get_base_weight()
         owner, name = self._locate(container)
         return getattr(owner, name).data
+
+    def _refuse_packed(self) -> None:
+        """bitsandbytes 0.50 repacks 4-bit weights at the first inference on some CPUs and cannot read them back: it
+        dequantises the packed bytes as they are, and its inverse leaves the block maxima transposed.
+        """
+        state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes has repacked this 4-bit weight for inference on the CPU and cannot read it back. Merge "
+                "after loading, before the first forward in eval mode, or on a GPU, or load the base unquantised."
+            )
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """dW of an adapter in the module's own layout, for a layer with one adapted weight."""

@@ -44,11 +44,33 @@ def check_state_dict(
     ]:
         problems.append(f"{len(shapes)} of another shape: {_some(shapes)}")
     if problems:
-        raise ValueError(
-            f"The adapter file does not fit the {method} adapter {adapter_name!r} of this model. {'; '.join(problems)}. "
-            f"Load it onto the base model that it was trained on (`base_model_name_or_path` in adapter_config.json), with the "
-            f"config that was saved with it. The model was left as it was."
-        )
+        raise _misfit(problems, adapter_name, method)
+
+
+def check_saved_modules(model: nn.Module, found: frozenset[str], adapter_name: str, method: str) -> None:
+    """Look for the whole modules that an adapter brings (`modules_to_save`) among the keys of its file.
+
+    PEFT looks them up without asking, before `check_state_dict` has its turn.
+    """
+    if getattr(model, "_checkpoint_conversion_mapping", None):  # PEFT renames the file's keys for these models
+        return
+    found = frozenset(key.removeprefix(PEFT_PREFIX) for key in found)
+    wanted = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name)
+    ]
+    if missing := sorted(set(wanted) - found):
+        raise _misfit([f"{len(missing)} missing: {_some(missing)}"], adapter_name, method)
+
+
+def _misfit(problems: list[str], adapter_name: str, method: str) -> ValueError:
+    return ValueError(
+        f"The adapter file does not fit the {method} adapter {adapter_name!r} of this model. {'; '.join(problems)}. "
+        f"Load it onto the base model that it was trained on (`base_model_name_or_path` in adapter_config.json), with the "
+        f"config that was saved with it. The model was left as it was."
+    )
 
 
 def _some(names: list[str], most: int = 4) -> str:
@@ -72,14 +94,17 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             setattr(model.get_submodule(parent), child, original)
         elif isinstance(module, BaseTunerLayer):
             for container in module.adapter_layer_names:
-                getattr(module, container).pop(adapter_name)
+                if adapter_name in getattr(module, container):  # it need not have come as far as this layer
+                    getattr(module, container).pop(adapter_name)
         else:
-            module.delete_adapter(adapter_name, new_active_adapters=None)
+            active = [name for name in module.active_adapters if name != adapter_name]
+            module.delete_adapter(adapter_name, new_active_adapters=active)
     tuner = next((module for module in model.modules() if isinstance(module, BaseTuner)), None)
     for holder in (model, tuner, getattr(tuner, "model", None)):
         configs = getattr(holder, "__dict__", {}).get("peft_config", {})
         configs.pop(adapter_name, None)
     if tuner is not None and not tuner.peft_config:
-        tuner.model.__dict__.pop("peft_config", None)
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):  # transformers sets the second before it injects
+            tuner.model.__dict__.pop(attribute, None)
         for parameter in tuner.__dict__.get("trainable_before", []):
             parameter.requires_grad_(True)

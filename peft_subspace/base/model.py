@@ -22,7 +22,7 @@ from .delta import Delta
 from .geometry import Geometry, quantization_backend
 from .kinds import ParamWrapper, make_layer
 from .layer import SubspaceLayer
-from .loading import check_state_dict, remove_adapter
+from .loading import check_saved_modules, check_state_dict, remove_adapter
 from .mixed_batch import adapter_names_passed_on
 from .targets import check_patterns, find_targets, resolve_targets
 from .weighted import add_weighted_adapter
@@ -50,8 +50,10 @@ class SubspaceModel(BaseTuner):
                 self.__dict__["trainable_before"] = [p for p in model.parameters() if p.requires_grad]
             with warnings.catch_warnings():
                 # PEFT looks for patterns among module names only, and would call those of parameters unmatched
-                warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+                warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning, module=r"peft\.")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.awaits_weights:
+                check_saved_modules(model, config.awaits_weights, adapter_name, self.prefix.rstrip("_"))
             if config.adapt_batch_norm:
                 for layer in wrap_batch_norms(model, self.prefix, adapter_name):
                     layer.set_adapter(self.active_adapters)
@@ -183,10 +185,10 @@ class SubspaceModel(BaseTuner):
         try:
             check_state_dict(expected, state_dict, set(model.state_dict()), adapter_name, cls.prefix.rstrip("_"))
         except ValueError:
-            if config.awaits_weights:
+            if config.awaits_weights is not None:
                 remove_adapter(model, adapter_name)
             raise
-        config.awaits_weights = False
+        config.awaits_weights = None
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Combination -----------------------------------------------------------------------------------------------------

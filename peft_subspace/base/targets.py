@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -59,7 +60,8 @@ def _expand(shorthand: str, model: nn.Module, config: SubspaceConfig) -> set[str
     kind = shorthand.removeprefix("all-")
     names = _layers_of_kind(model, kind, config)
     if not names:
-        raise ValueError(f"target_modules={shorthand!r}: {type(model).__name__} has no {kind} layer to adapt.")
+        where = "" if config.layers_to_transform is None else f" in layers_to_transform={config.layers_to_transform}"
+        raise ValueError(f"target_modules={shorthand!r}: {type(model).__name__} has no {kind} layer to adapt{where}.")
     stacks = {name for name, _ in _fused_parameters(model)}
     if shorthand == "all-linear" and stacks and not config.target_parameters:
         warnings.warn(
@@ -77,7 +79,19 @@ def _layers_of_kind(model: nn.Module, kind: str, config: SubspaceConfig) -> set[
         geometries = describe(module)
         if module is not head and geometries and all(g.kind == kind for g in geometries.values()):
             found.add(name)
-    return found
+    return {name for name in found if _in_chosen_layers(name, config)}
+
+
+def _in_chosen_layers(name: str, config: SubspaceConfig) -> bool:
+    """PEFT's `layers_to_transform`, which it does not apply to names that are given in full, as a shorthand's are."""
+    if config.layers_to_transform is None:
+        return True
+    by_ending: Any = SimpleNamespace(
+        target_modules={name.rpartition(".")[2]},
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return bool(check_target_module_exists(by_ending, f"model.{name}"))
 
 
 def _output_head(model: nn.Module, config: SubspaceConfig) -> nn.Module | None:

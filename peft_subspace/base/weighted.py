@@ -18,7 +18,7 @@ def add_weighted_adapter(
     _check(tuner, adapters, weights, adapter_name, combination_type)
     by_name = dict(zip(adapters, weights, strict=True))
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
-    config.awaits_weights = False
+    config.awaits_weights = None
     config.target_modules, config.target_parameters = set(), None
     for pattern in config.patterns:
         setattr(config, pattern, {})

@@ -9,6 +9,7 @@ A factor of None stands for the identity: that mode of the core already has its 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,6 +51,18 @@ def reconstruct(core: Tensor, factors: Factors) -> Tensor:
         assert factor is not None
         core = mode_product(core, factor, mode)
     return core
+
+
+def gradients(core: Tensor, factors: Factors, grad: Tensor) -> list[Tensor | None]:
+    """Gradients of <grad, reconstruct(core, factors)> with respect to the core, then each factor (None for None).
+
+    dG = grad x_0 U_0^T ... x_{N-1} U_{N-1}^T,      dU_n = grad_(n) (G x_{m != n} U_m)_(n)^T
+    """
+    found: list[Tensor | None] = [reconstruct(grad, [None if factor is None else factor.t() for factor in factors])]
+    for mode, factor in enumerate(factors):
+        others = [None if other == mode else f for other, f in enumerate(factors)]
+        found.append(None if factor is None else unfold(grad, mode) @ unfold(reconstruct(core, others), mode).t())
+    return found
 
 
 def mode_spectrum(tensor: Tensor, mode: int) -> Tensor:
@@ -127,7 +140,8 @@ def compress(core: Tensor, factors: Sequence[Tensor], ranks: Sequence[int] | flo
     Args:
         core: `[r_0, ..., r_{N-1}]`.
         factors: `[d_n, r_n]` each.
-        ranks: the new ranks, or the relative error that may be made (0.01 keeps 1 - 1e-4 of the squared norm).
+        ranks: the new ranks (lowered to useful ones), or the relative error that may be made (0.01 keeps 1 - 1e-4 of the
+            squared norm).
 
     Returns:
         The compressed tensor in float64 with orthonormal factors, and the relative error ||T - T'|| / ||T|| made.
@@ -144,8 +158,13 @@ def compress(core: Tensor, factors: Sequence[Tensor], ranks: Sequence[int] | flo
     if norm == 0.0 or wanted == list(core.shape):
         small = core[tuple(slice(rank) for rank in wanted)]
         return Tucker(small.clone(), [basis[:, :rank] for basis, rank in zip(bases, wanted, strict=True)]), 0.0
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
+    with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Trying to compute SVD", UserWarning)  # a rank above the product of the others
         small, rotations = tucker(core, rank=wanted, init="svd", n_iter_max=20, tol=1e-12)
+    for mode, rank in enumerate(useful_ranks(small.shape)):
+        if rank < small.shape[mode]:  # loses nothing: the others leave no more directions
+            rotation = leading_directions(small, mode, rank)
+            small, rotations[mode] = mode_product(small, rotation.t(), mode), rotations[mode] @ rotation
     error = float((core - reconstruct(small, rotations)).norm()) / norm
     return Tucker(small, [basis @ rotation for basis, rotation in zip(bases, rotations, strict=True)]), error
 

@@ -1,0 +1,112 @@
+"""Adapters on quantised bases. `make quantised` runs them: the libraries print to stderr in every process that uses PEFT, so
+they are kept out of the development environment.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from peft_subspace import FloraConfig
+
+pytestmark = pytest.mark.filterwarnings("default")  # these libraries warn on import and at every call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4
+    )
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def load(folder, kind):
+    if kind.startswith("bnb"):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (`make quantised` installs it)")
+        from transformers import BitsAndBytesConfig
+
+        four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        config = BitsAndBytesConfig(**(four if kind == "bnb4" else dict(load_in_8bit=True)))
+    else:
+        pytest.importorskip("torchao", reason="torchao is not installed (`make quantised` installs it)")
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32, device_map="cpu")
+
+
+KINDS = ["bnb4", "bnb8", "torchao"]
+# What requantising a merged weight costs, as a share of the largest logit: about the quantiser's own error.
+LOSS = {"bnb4": 0.25, "bnb8": 0.05, "torchao": 0.05}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_save_load_merge_unmerge(folder, kind, tmp_path):
+    base = load(folder, kind)
+    ids = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+    model = get_peft_model(base, FloraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    assert "quantization_backend" in repr(model)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, before)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    model.eval()
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(load(folder, kind), tmp_path).eval()
+        assert torch.equal(again(input_ids=ids).logits, trained)
+        fresh = PeftModel.from_pretrained(load(folder, kind), tmp_path).eval()
+        weights = {name: (p, p.data.clone()) for name, p in fresh.named_parameters() if name.endswith("base_layer.weight")}
+        fresh.merge_adapter()
+        assert not any(p is dict(fresh.named_parameters())[name] for name, (p, _) in weights.items())
+        merged = fresh(input_ids=ids).logits
+        assert (merged - trained).abs().max() <= LOSS[kind] * trained.abs().max()
+        fresh.unmerge_adapter()
+        for name, (parameter, data) in weights.items():
+            assert dict(fresh.named_parameters())[name] is parameter
+            assert torch.equal(plain(parameter.data), plain(data)), "the quantised weights themselves must come back"
+        assert torch.equal(fresh(input_ids=ids).logits, trained)
+        with fresh.disable_adapter():
+            assert torch.equal(fresh(input_ids=ids).logits, before)
+
+
+def plain(weight):
+    return weight.dequantize() if hasattr(weight, "qdata") else weight
+
+
+def test_weight_repacked_by_bitsandbytes_is_refused(folder):
+    model = get_peft_model(load(folder, "bnb4"), FloraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    if not getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not repack")
+    with pytest.raises(ValueError, match="cannot read it back"):
+        model.merge_adapter()
+    assert not layer.merged_adapters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_initialisation_is_refused_by_name(folder, kind):
+    config = FloraConfig(r=4, target_modules=["q_proj"], init_weights="gradient", task_type="CAUSAL_LM")
+    model = get_peft_model(load(folder, kind), config)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"q_proj is quantised and has no gradient"):
+        model.initialize_from_gradients([{"input_ids": ids, "labels": ids}])
+    copy.deepcopy(model)
