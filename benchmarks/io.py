@@ -9,6 +9,7 @@ Every operation starts from a base of its own that was copied before the clock s
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -54,6 +55,7 @@ def measure_once(make_config: ConfigMaker, workload: Workload, r: int) -> tuple[
     Returns:
         A stopwatch per operation, and the bytes of `adapter_model.safetensors`.
     """
+    gc.collect()  # the models of the last call are cycles: one of these a call is enough
     watches = {name: Stopwatch(torch.device("cpu")) for name in OPERATIONS}
 
     def timed(operation: str, body: Callable[[], T]) -> T:

@@ -28,6 +28,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("torch", "transformers", "peft")
 NUM_LABELS = 10
+VOCABULARY = 1024
+LABELS: dict[str, Any] = {"num_labels": NUM_LABELS}
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -80,13 +82,13 @@ class Shape:
 def _llama(sizes: Sizes) -> nn.Module:
     return transformers.LlamaForSequenceClassification(
         transformers.LlamaConfig(
-            vocab_size=1024,
+            vocab_size=VOCABULARY,
             hidden_size=sizes.width,
             intermediate_size=_multiple_of_64(sizes.width * 8 / 3),
             num_hidden_layers=sizes.layers,
             num_attention_heads=max(1, sizes.width // 64),
             max_position_embeddings=sizes.length,
-            num_labels=NUM_LABELS,
+            **LABELS,
             pad_token_id=0,
         )
     )
@@ -95,13 +97,13 @@ def _llama(sizes: Sizes) -> nn.Module:
 def _bert(sizes: Sizes) -> nn.Module:
     return transformers.BertForSequenceClassification(
         transformers.BertConfig(
-            vocab_size=1024,
+            vocab_size=VOCABULARY,
             hidden_size=sizes.width,
             intermediate_size=4 * sizes.width,
             num_hidden_layers=sizes.layers,
             num_attention_heads=max(1, sizes.width // 64),
             max_position_embeddings=sizes.length,
-            num_labels=NUM_LABELS,
+            **LABELS,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -117,7 +119,7 @@ def _vit(sizes: Sizes) -> nn.Module:
             intermediate_size=4 * sizes.width,
             num_hidden_layers=sizes.layers,
             num_attention_heads=max(1, sizes.width // 64),
-            num_labels=NUM_LABELS,
+            **LABELS,
         )
     )
 
@@ -126,9 +128,7 @@ def _resnet(sizes: Sizes) -> nn.Module:
     depths = [3, 4, 6, 3] if sizes.layers == 0 else [sizes.layers] * 4
     widths = [sizes.width // 8, sizes.width // 4, sizes.width // 2, sizes.width]
     return transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(
-            layer_type="basic", depths=depths, hidden_sizes=widths, embedding_size=widths[0], num_labels=NUM_LABELS
-        )
+        transformers.ResNetConfig(layer_type="basic", depths=depths, hidden_sizes=widths, embedding_size=widths[0], **LABELS)
     )
 
 
@@ -189,8 +189,8 @@ def make_workload(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.dev
     shape = SHAPES[name]
     model = shape.build(sizes).to(device=device, dtype=dtype).train().requires_grad_(False)
     batch = {"labels": torch.randint(NUM_LABELS, (sizes.batch,))}
-    if hasattr(model.config, "vocab_size"):
-        batch["input_ids"] = torch.randint(1, model.config.vocab_size, (sizes.batch, sizes.length))
+    if model.main_input_name == "input_ids":
+        batch["input_ids"] = torch.randint(1, VOCABULARY, (sizes.batch, sizes.length))
     else:
         batch["pixel_values"] = torch.randn(sizes.batch, 3, sizes.length, sizes.length).to(dtype)
     return Workload(shape, sizes, model, {key: value.to(device) for key, value in batch.items()})
@@ -220,8 +220,8 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Time the body; garbage is collected before and not during it."""
-        gc.collect()
+        """Time the body; young garbage is collected before and none during it."""
+        gc.collect(1)
         gc.disable()
         try:
             if self.device.type == "cuda":

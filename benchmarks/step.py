@@ -217,7 +217,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     for name, trainee in trainees.items():
         saved = measure.bytes_saved(trainee.model, trainee.loss)
-        loss = float(trainee.step())
+        first_loss = float(trainee.step())
         trainee.step()  # warm: off the zero start, with all of the optimizer's state
         peak = trainee.peak_on_gpu()
         if args.memory and device.type == "cpu":
@@ -227,7 +227,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             "adapter_parameters": trainee.adapter_parameters,
             "bytes_saved": saved,
             "peak_bytes": peak,
-            "first_loss": loss,
+            "first_loss": first_loss,
             "step_ms": [],
         }
     for round_number in range(args.rounds):

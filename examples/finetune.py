@@ -11,6 +11,7 @@ transformers' `TrainingArguments` are accepted (`--learning_rate`, `--num_train_
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -161,6 +162,9 @@ def finetune(arguments: ExampleArguments, training: TrainingArguments) -> tuple[
         compute_metrics=None if arguments.task == "causal-lm" else accuracy,
         **parts,
     )
+    if getattr(model.peft_config["default"], "init_weights", None) == "gradient":
+        model.initialize_from_gradients(itertools.islice(trainer.get_train_dataloader(), 8))
+        set_seed(training.seed)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     metrics = {key: metrics[key] for key in ("accuracy", "loss") if key in metrics}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
+import peft
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
@@ -106,9 +108,24 @@ def _no_lora(geometry: Geometry, base_layer: nn.Module) -> str | None:
         return f"PEFT's conv LoRA ignores dilation={geometry.dilation}"
     if isinstance(base_layer, nn.MultiheadAttention) and not base_layer._qkv_same_embed_dim:
         return "PEFT's LoRA needs query, key and value of one size"
+    if isinstance(base_layer, nn.MultiheadAttention) and _peft_adds_out_proj_twice():
+        return f"PEFT {peft.__version__} adds the LoRA of a MultiheadAttention's out_proj twice (huggingface/peft#3774)"
     if geometry.reads_own_weight and not isinstance(base_layer, nn.MultiheadAttention):
         return f"{type(base_layer).__name__} has a forward of its own"
     return None
+
+
+@functools.cache
+def _peft_adds_out_proj_twice() -> bool:
+    """Ask the installed PEFT: 0.21.2 does, in every forward, and a file made for that would be wrong once it is mended."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        config = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+        model: Any = get_peft_model(nn.Sequential(nn.MultiheadAttention(1, 1)), config)
+        layer = model.get_base_model()[0]
+        projection = layer.base_layer.out_proj
+        expected = projection.weight + projection.get_delta_weight("default")
+        layer.merge()
+        return not torch.allclose(projection.weight, expected)
 
 
 def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.low_rank import without_autocast
+from .config import SubspaceConfig
 from .delta import Delta
 from .geometry import FLOAT_DTYPES, Geometry, describe
 from .layer import SubspaceLayer
@@ -66,6 +68,13 @@ class OwnWeightLayer(SubspaceLayer):
                 raise ValueError(
                     f"{weight} of {type(base_layer).__name__} is {dtype}; its effective weight cannot be composed."
                 )
+
+    def update_layer(self, adapter_name: str, config: SubspaceConfig, key: str, inference_mode: bool = False) -> None:
+        """Add an adapter; there is no input of an update here that could be dropped."""
+        if config.dropout and not inference_mode:
+            name = type(self.get_base_layer()).__name__
+            warnings.warn(f"dropout={config.dropout} has no effect on {name}: it reads its weights by itself.", stacklevel=2)
+        super().update_layer(adapter_name, config, key, inference_mode)
 
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         shadowed: list[tuple[nn.Module, str]] = []

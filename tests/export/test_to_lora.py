@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_subspace import FloraConfig, save_as_lora, to_lora
+from peft_subspace import FloraConfig, export, save_as_lora, to_lora
 from tests.pico import LAYERS, MODELS, Pico, output, run, train
 
 CASES: dict[str, dict[str, Any]] = {  # pico -> config fields beside its own targets
@@ -33,8 +33,6 @@ CASES: dict[str, dict[str, Any]] = {  # pico -> config fields beside its own tar
     "embedding, padding_idx": {},
     "embedding, scaled": {},
     "mlp": {"rank_pattern": {"first": 5, "second": [2, 7]}, "modules_to_save": ["head"]},
-    "mha": {},
-    "mha, batch second": {"rank_pattern": {"attention.out_proj.weight": 4}},
     "batch norm": {"target_modules": ["stem", "pointwise"]},
     "resnet": {"rank_pattern": {r".*stages.*": 1}},
     "llama": {"rank_pattern": {"q_proj": 5, "down_proj": [1, 3]}},
@@ -76,6 +74,26 @@ def test_plain_peft_computes_the_same(tmp_path: Path) -> None:
     # float32: two more roundings of 6e-8 in every sum; 1e-6 of the size of the output
     errors = {name: float((found[name] - y).abs().max() / y.abs().max()) for name, y in expected.items()}
     assert {name: error for name, error in errors.items() if error > 1e-6} == {}
+
+
+@pytest.mark.parametrize("name", ["mha", "mha, batch second"])
+def test_multihead_attention_waits_for_peft(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT 0.21.2 adds the LoRA of out_proj twice (huggingface/peft#3774). The tensors are exact; PEFT's forward is not."""
+    pico = MODELS[name]
+    model = trained(pico, rank_pattern={"attention.out_proj.weight": 4})
+    twice = export._peft_adds_out_proj_twice()
+    if twice:
+        with pytest.raises(ValueError, match=r"attention\.in_proj_weight: cannot be exported.*PEFT .* twice"):
+            to_lora(model)
+    monkeypatch.setattr(export, "_peft_adds_out_proj_twice", lambda: False)
+    save_as_lora(model, tmp_path)
+    loaded = PeftModel.from_pretrained(pico.model(), str(tmp_path)).eval()
+    lora, ours = loaded.get_base_model().attention, model.get_base_model().attention.deltas("default")
+    for layer, container in ((lora, "in_proj_weight"), (lora.base_layer.out_proj, "out_proj_weight")):
+        expected = ours[f"flora_delta_{container}"].delta_weight()
+        torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6)
+    same = torch.allclose(run(loaded, pico.batch()), run(model, pico.batch()), rtol=1e-5, atol=1e-6)
+    assert same != twice, "the probe is right about the installed PEFT"
 
 
 def test_all_layers_have_one_rank_and_the_scale_is_inside() -> None:
