@@ -33,9 +33,9 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         row = self.rows[index]
-        picture = torch.frombuffer(bytearray(row["image"].convert("RGB").resize((self.side, self.side)).tobytes()), dtype=torch.uint8)
-        picture = picture.view(self.side, self.side, 3).permute(2, 0, 1).float() / 255
-        return (picture - 0.498) / 0.502, row["label"]
+        pixels = bytearray(row["image"].convert("RGB").resize((self.side, self.side)).tobytes())
+        picture = torch.frombuffer(pixels, dtype=torch.uint8).view(self.side, self.side, 3).permute(2, 0, 1)
+        return (picture.float() / 255 - 0.498) / 0.502, row["label"]
 
 
 @torch.no_grad()

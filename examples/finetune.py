@@ -6,7 +6,8 @@
     accelerate launch examples/finetune.py --task causal-lm --model <Hub id> --dataset my_text.txt --output_dir outputs/lm
 
 Models and data sets are Hub ids, local paths, or one of the names in assets.py that install without a Hub. All fields of
-transformers' `TrainingArguments` are accepted (`--learning_rate`, `--num_train_epochs`, `--bf16`, `--seed`, `--push_to_hub`, ...).
+transformers' `TrainingArguments` are accepted (`--learning_rate`, `--num_train_epochs`, `--bf16`, `--seed`, ...); with
+`--push_to_hub --hub_model_id me/name` the adapter is pushed.
 """
 
 from __future__ import annotations

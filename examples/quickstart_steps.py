@@ -43,7 +43,7 @@ def main(step: str, output: Path, repository: str) -> None:
         base = AutoModelForSequenceClassification.from_pretrained(assets.model_path("minilm"), num_labels=6)
         difference = (predictions(PeftModel.from_pretrained(base, output / "flora-as-lora")) - torch.load(kept)).abs().max()
         known = "peft_subspace" in sys.modules
-        print(f"Loaded by plain PEFT ({'with' if known else 'without'} peft_subspace): logits differ by {difference:.1e} at most")
+        print(f"Loaded by plain PEFT {'with' if known else 'without'} peft_subspace: logits differ by {difference:.1e} at most")
         if known or difference > 1e-4:
             raise SystemExit(1)
 

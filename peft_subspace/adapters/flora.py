@@ -37,7 +37,7 @@ class FloraConfig(SubspaceConfig):
         r: rank of the channel modes: one number for both, `[r_out, r_in]`, or one rank for every mode of the weight. A number
             is lowered to the size of a smaller conv channel and to what the other ranks can use; a list is taken as it is.
         r_spatial: rank of the kernel modes of a convolution, one number (lowered to the kernel's size) or one per mode.
-        scale: s; None takes the scale at which LoRA's learning rates carry over, see `default_scale`. The official code has 1.
+        scale: s; None makes one learning rate suit layers of all widths, see `default_scale`. The official code has 1.
         init_weights: True is the reference (U_n ~ N(0, 1 / (2 r_n)), G = 0); "orthogonal" has orthonormal columns of the same
             norm; "gradient" is "orthogonal" until `initialize_from_gradients` fills in the leading directions of the loss's
             gradient; False has a random core, so that the start differs from the base (for tests).
@@ -112,12 +112,13 @@ def mode_ranks(geometry: Geometry, config: Any) -> list[int]:
 
 
 def default_scale(geometry: Geometry, ranks: Sequence[int]) -> float:
-    """The scale at which one step of Adam moves a layer's output as far as it does for LoRA with `lora_alpha = 2 r`.
+    """The scale at which the first step of Adam moves a layer's output as far as it does for LoRA with `lora_alpha = 2 r`.
 
     The first step moves every entry of the core by the learning rate eta. With factors N(0, 1 / (2 r_n)) and inputs of unit
     variance the output then moves by about s eta sqrt(1/2) prod_n sqrt(d_n / 2) over the input modes n; LoRA's by
     2 eta sqrt(r / 3). An embedding looks up one row, so its wide mode adds nothing; LoRA's there moves by 2 eta sqrt(r).
-    With a constant s = 1, as in the official code, a learning rate that suits one width is too hot for a wider layer.
+    So one learning rate suits layers of all widths; with the official code's constant 1 it is too hot for wide ones. The best
+    rate is above LoRA's all the same, see docs/flora.md ("Learning rate").
     """
     if geometry.kind == "embedding":
         return 4 * math.sqrt(ranks[0])

@@ -4,7 +4,8 @@
     spatial    the kernel     [batch * groups, r_in, *]     -> [batch * groups, r_out, *]
     up         1x1, grouped   [batch * groups, r_out, *]    -> [batch, out, *]
 
-Padding commutes with the pointwise `down`, so a border is added to r_in channels and not to `in` of them.
+The 1x1 steps are batched matrix products: `up` adds to the base's output in one pass, and their gradients are up to twice as
+fast as those of a convolution. Padding commutes with `down`, so a border is added to r_in channels and not to `in` of them.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ from ..functional.low_rank import plain_backward
 if TYPE_CHECKING:
     from .geometry import Geometry
 
-# What `torch.convolution` and its gradient take after the weight and the bias:
-# stride, padding, dilation, transposed, output_padding, groups
-Call = tuple[Any, Any, Any, bool, Any, int]
-
 
 def down(geometry: Geometry, x: Tensor, factor: Tensor) -> Tensor:
     """Contract the input channels with `factor` `[in / groups, r_in]`; strided already when the conv is pointwise."""
-    return torch.convolution(_to_batch(geometry, x), _pointwise(geometry, factor.t()), None, *_down_call(geometry))
+    x = _strided(geometry, x)
+    columns = _columns(geometry, x)
+    return torch.bmm(factor.t().expand(len(columns), -1, -1), columns).unflatten(2, x.shape[2:])
 
 
 def spatial(geometry: Geometry, z: Tensor, kernel: Tensor, size: Sequence[int]) -> Tensor:
@@ -38,9 +37,14 @@ def spatial(geometry: Geometry, z: Tensor, kernel: Tensor, size: Sequence[int]) 
     return torch.convolution(_padded(geometry, z), native, None, *_spatial_call(geometry, z.shape[2:], size))
 
 
-def up(geometry: Geometry, y: Tensor, factor: Tensor) -> Tensor:
-    """Expand to the output channels with `factor` `[out, r_out]`."""
-    return torch.convolution(_to_channels(geometry, y), _pointwise(geometry, factor), None, *_up_call(geometry))
+def up(geometry: Geometry, y: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """`out` plus y expanded to the output channels with `factor` `[out, r_out]`, in the memory format of `out`."""
+    columns, weight = _columns(geometry, out), _grouped(geometry, factor, len(out))
+    if columns.stride(1) == 1:  # channels last: the same product the other way round keeps it so
+        total = torch.baddbmm(columns.mT, y.flatten(2).mT, weight.mT).mT
+    else:
+        total = torch.baddbmm(columns, weight, y.flatten(2))
+    return _from_columns(geometry, total, out.shape)
 
 
 def add_low_rank_convolution(
@@ -82,7 +86,7 @@ class _AddConvolution(torch.autograd.Function):
         y = z if geometry.pointwise else spatial(geometry, z, middle, ctx.size)
         ctx.keeps_z = z.numel() <= y.numel()
         ctx.save_for_backward(x, z if ctx.keeps_z else y, core, wide, thin, *kernel)
-        return out + up(geometry, y, _expansion(geometry, wide.to(x.dtype), middle))
+        return up(geometry, y, _expansion(geometry, wide.to(x.dtype), middle), out)
 
     @staticmethod
     @plain_backward
@@ -123,14 +127,20 @@ def _expansion(geometry: Geometry, wide: Tensor, middle: Tensor) -> Tensor:
     return wide @ middle.flatten(1) if geometry.pointwise else wide
 
 
-# Gradients of the three steps: (of the input, of the factor), None where not needed ------------------------------------------
+# Gradients of the three steps: (of the input, of the factor), None where not needed ----------------------------------------
 
 
 def _down_gradients(geometry: Geometry, grad: Tensor, x: Tensor, factor: Tensor, need_x: bool, train: bool) -> tuple[Any, Any]:
-    of_x, of_weight = _gradients(
-        grad, _to_batch(geometry, x), _pointwise(geometry, factor.t()), _down_call(geometry), need_x, train
-    )
-    return of_x if of_x is None else _to_channels(geometry, of_x), of_weight if of_weight is None else of_weight.flatten(1).t()
+    strided, of_x, of_factor = _strided(geometry, x), None, None
+    if need_x:
+        columns = torch.bmm(factor.expand(len(grad), -1, -1), grad.flatten(2))
+        of_x = _from_columns(geometry, columns, strided.shape)
+        if strided.shape != x.shape:
+            _strided(geometry, whole := torch.zeros_like(x)).copy_(of_x)
+            of_x = whole
+    if train:
+        of_factor = torch.bmm(_columns(geometry, strided), grad.flatten(2).mT).sum(0)
+    return of_x, of_factor
 
 
 def _spatial_gradients(
@@ -138,55 +148,60 @@ def _spatial_gradients(
 ) -> tuple[Any, Any]:
     native = kernel.transpose(0, 1) if geometry.transposed else kernel
     call = _spatial_call(geometry, z.shape[2:], size)
-    of_z, of_kernel = _gradients(grad, _padded(geometry, z), native, call, True, train)
-    return _border_gradient(geometry, of_z, z), of_kernel.transpose(0, 1) if train and geometry.transposed else of_kernel
+    of_z, of_kernel, _ = torch.ops.aten.convolution_backward(
+        grad, _padded(geometry, z), native, None, *call, [True, train, False]
+    )
+    of_kernel = None if not train else of_kernel.transpose(0, 1) if geometry.transposed else of_kernel
+    return _border_gradient(geometry, of_z, z), of_kernel
 
 
 def _up_gradients(geometry: Geometry, grad: Tensor, y: Tensor, factor: Tensor, train: bool) -> tuple[Any, Any]:
-    call = _up_call(geometry)
-    of_y, of_weight = _gradients(grad, _to_channels(geometry, y), _pointwise(geometry, factor), call, True, train)
-    return _to_batch(geometry, of_y), of_weight.flatten(1) if train else None
-
-
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, call: Call, need_x: bool, need_weight: bool) -> tuple[Any, Any]:
-    mask = [need_x, need_weight, False]
-    of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *call, mask)
-    return of_x if need_x else None, of_weight if need_weight else None
+    columns, weight, of_factor = _columns(geometry, grad), _grouped(geometry, factor, len(grad)), None
+    of_y = torch.bmm(weight.mT, columns).unflatten(2, y.shape[2:])
+    if train:
+        product = torch.bmm(columns, y.flatten(2).mT)  # [batch * groups, out / groups, r_out]
+        of_factor = product.unflatten(0, (-1, geometry.groups)).sum(0).flatten(0, 1)
+    return of_y, of_factor
 
 
 # What the steps share ----------------------------------------------------------------------------------------------------
 
 
-def _down_call(geometry: Geometry) -> Call:
-    ones, zeros = (1,) * len(geometry.kernel), (0,) * len(geometry.kernel)
-    return geometry.stride if geometry.pointwise else ones, zeros, ones, False, zeros, 1
+def _spatial_call(geometry: Geometry, before: Sequence[int], after: Sequence[int]) -> tuple[Any, ...]:
+    """What `torch.convolution` and its gradient take after the weight and the bias."""
+    zeros, ones = (0,) * len(geometry.kernel), (1,) * len(geometry.kernel)
+    if geometry.transposed:
+        extra = geometry.output_padding(before, after)
+        return geometry.stride, geometry.padding, geometry.dilation, True, extra, 1
+    stride = ones if geometry.pointwise else geometry.stride
+    return stride, zeros if geometry.border else geometry.padding, geometry.dilation, False, zeros, 1
 
 
-def _spatial_call(geometry: Geometry, before: Sequence[int], after: Sequence[int]) -> Call:
-    zeros = (0,) * len(geometry.kernel)
-    if not geometry.transposed:
-        padding = zeros if geometry.border else geometry.padding
-        return (1,) * len(zeros) if geometry.pointwise else geometry.stride, padding, geometry.dilation, False, zeros, 1
-    extra = geometry.output_padding(before, after)
-    return geometry.stride, geometry.padding, geometry.dilation, True, extra, 1
+def _strided(geometry: Geometry, x: Tensor) -> Tensor:
+    """What a pointwise convolution sees of its input, a view."""
+    if not geometry.pointwise or all(step == 1 for step in geometry.stride):
+        return x
+    index: Any = (..., *(slice(None, None, step) for step in geometry.stride))
+    return x[index]
 
 
-def _up_call(geometry: Geometry) -> Call:
-    ones, zeros = (1,) * len(geometry.kernel), (0,) * len(geometry.kernel)
-    return ones, zeros, ones, False, zeros, geometry.groups
-
-
-def _pointwise(geometry: Geometry, matrix: Tensor) -> Tensor:
-    return matrix.reshape(*matrix.shape, *[1] * len(geometry.kernel))
-
-
-def _to_batch(geometry: Geometry, x: Tensor) -> Tensor:
-    """Each group's channels as a sample of its own: `[batch, groups * c, ...] -> [batch * groups, c, ...]`."""
+def _columns(geometry: Geometry, x: Tensor) -> Tensor:
+    """Each group as a sample of its own, space as one axis: `[batch, groups * c, *space] -> [batch * groups, c, space]`."""
+    x = x.flatten(2)
     return x if geometry.groups == 1 else x.unflatten(1, (geometry.groups, -1)).flatten(0, 1)
 
 
-def _to_channels(geometry: Geometry, x: Tensor) -> Tensor:
-    return x if geometry.groups == 1 else x.unflatten(0, (-1, geometry.groups)).flatten(1, 2)
+def _from_columns(geometry: Geometry, columns: Tensor, shape: Sequence[int]) -> Tensor:
+    if geometry.groups > 1:
+        columns = columns.unflatten(0, (-1, geometry.groups)).flatten(1, 2)
+    return columns.unflatten(2, shape[2:])
+
+
+def _grouped(geometry: Geometry, factor: Tensor, batch: int) -> Tensor:
+    """`[out, r] -> [batch * groups, out / groups, r]`; a view if there is one group."""
+    if geometry.groups == 1:
+        return factor.expand(batch, -1, -1)
+    return factor.unflatten(0, (geometry.groups, -1)).expand(batch, -1, -1, -1).flatten(0, 1)
 
 
 def _padded(geometry: Geometry, z: Tensor) -> Tensor:

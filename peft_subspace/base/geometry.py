@@ -133,7 +133,7 @@ class Geometry:
         """Expand to the output channels with `factor` `[out, r]` and add: `out + z factor^T`, in one pass over `out`."""
         if self.kind in ("linear", "embedding"):
             return torch.addmm(out.reshape(-1, out.shape[-1]), z.reshape(-1, z.shape[-1]), factor.t()).view(out.shape)
-        return out + convolution.up(self, z, factor)
+        return convolution.up(self, z, factor, out)
 
     def dense(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """`out` plus the layer's own operation with a full canonical weight, without bias."""

@@ -73,8 +73,8 @@ CAPABILITIES = {FloraConfig: {"conv1d": True, "merge": True}}
 SKIP = [
     (
         r"test_safe_merge\[FLoRA Conv2d groups 2",
-        "this model feeds itself inputs up to 57,600, and its outputs of several hundred are compared at a relative 1e-6, which "
-        "is what float32 leaves of a sum (measured 1e-7 to 1e-5, LoHa 1.2e-6); PEFT relaxes it to 1e-3 for its own methods, "
-        "by class name. tests/contract compares merged grouped convolutions in float64.",
+        "this model feeds itself inputs up to 57,600, and its outputs of several hundred are compared at a relative 1e-6, "
+        "what float32 leaves of a sum (measured 1e-7 to 1e-5, LoHa 1.2e-6); PEFT relaxes it to 1e-3 for its own methods, by "
+        "class name. tests/contract compares merged grouped convolutions in float64.",
     ),
 ]

@@ -36,8 +36,8 @@ def fetch_tests(cache: Path) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-binary", ":all:", "--no-deps"]
-        subprocess.run([*command, "-d", scratch, f"peft=={release}"], check=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+        subprocess.run([*command, "--no-binary", ":all:", "--no-deps", "-d", scratch, f"peft=={release}"], check=True)
         archive = next(Path(scratch).glob("*.tar.gz"))
         with tarfile.open(archive) as tar:
             tar.extractall(scratch, filter="data")
