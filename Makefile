@@ -1,6 +1,8 @@
 # `make quickstart` trains, compares, pushes and reloads an adapter on real data; `make test` runs the tests.
 # Both make a virtual environment in .venv first and do nothing twice.
 .DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ setup: $(VENV)/.installed ## make the virtual environment
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (about two minutes and 2 GB the first time) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt 2>&1 | grep -v 'is ignored' || true
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt 2>&1 | { grep -v 'is ignored' || true; }
 	$(BIN)/python -c "import peft_subspace; print('peft_subspace', peft_subspace.__version__, 'is ready')"
 	@touch $@
 
@@ -34,7 +36,7 @@ conformance: setup ## run PEFT's own test-suite against our configs
 quantised: setup ## the tests on quantised bases, in an environment of their own
 	test -d $(VENV)-quantised || $(PYTHON) -m venv $(VENV)-quantised
 	$(VENV)-quantised/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'bitsandbytes==0.50.2' \
-		'torchao==0.18.0' -c constraints.txt 2>&1 | grep -v 'is ignored' || true
+		'torchao==0.18.0' -c constraints.txt 2>&1 | { grep -v 'is ignored' || true; }
 	$(VENV)-quantised/bin/python -m pytest -q tests/quantised
 
 lint: setup ## ruff

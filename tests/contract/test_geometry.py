@@ -92,6 +92,23 @@ def test_gradcheck_of_the_low_rank_convolution(name: str) -> None:
     assert torch.autograd.gradcheck(call, inputs)
 
 
+@pytest.mark.parametrize(
+    "name", ["conv2d", "conv3d", "conv, stride", "conv, pointwise, stride", "conv, groups", "transposed2d"]
+)
+def test_channels_last_stays_channels_last(name: str) -> None:
+    layer, geometry, x = described(name)
+    core, factors = random_factors(geometry)
+    memory_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    out = torch.randn_like(layer(x))
+    expected = add_low_rank_convolution(geometry, out, x, core, factors)
+    found = add_low_rank_convolution(
+        geometry, out.to(memory_format=memory_format), x.to(memory_format=memory_format), core, factors
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert found.is_contiguous(memory_format=memory_format) == (geometry.groups == 1)  # a group's channels are not adjacent
+    assert expected.is_contiguous()
+
+
 def test_what_is_not_supported_is_not_described() -> None:
     for module in (nn.LayerNorm(4), nn.EmbeddingBag(4, 4), nn.Bilinear(2, 2, 2), nn.Identity()):
         assert describe(module) == {}
