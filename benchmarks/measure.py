@@ -151,7 +151,7 @@ SHAPES = {
     ),
     "vit-base": Shape(_vit, _linear_in("layers"), "vit.embeddings", "classifier", Sizes(12, 768, 224, 2), Sizes(1, 64, 32, 2)),
     "resnet-34": Shape(
-        _resnet, _conv_3x3, "resnet.embedder", "classifier", Sizes(0, 512, 224, 4), Sizes(1, 128, 128, 1), conv=True
+        _resnet, _conv_3x3, "resnet.embedder", "classifier", Sizes(0, 512, 224, 16), Sizes(1, 128, 128, 1), conv=True
     ),
 }
 

@@ -2,7 +2,7 @@
 
     accelerate launch examples/finetune.py --method flora --output_dir outputs/trec
     accelerate launch examples/finetune.py --task image-classification --model vit-small --dataset digits \\
-        --method flora --config examples/configs/flora-vit.json --output_dir outputs/digits
+        --image_size 56 --method flora --config examples/configs/flora-vit.json --output_dir outputs/digits
     accelerate launch examples/finetune.py --task causal-lm --model <Hub id> --dataset my_text.txt --output_dir outputs/lm
 
 Models and data sets are Hub ids, local paths, or one of the names in assets.py that install without a Hub. All fields of
@@ -53,7 +53,13 @@ class ExampleArguments:
     method: str = field(default="flora", metadata={"help": "A PEFT type: flora, lora, ..."})
     config: str | None = field(default=None, metadata={"help": "JSON file (or JSON text) with fields of the method's config."})
     max_length: int = field(default=64, metadata={"help": "Tokens per text."})
-    image_size: int = field(default=56, metadata={"help": "Side of the square that pictures are scaled to."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side that pictures are scaled to; default: the processor's."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set, such as sst2."})
+    text_column: str = field(default="text")
+    label_column: str = field(default="label")
+    image_column: str = field(default="image")
     train_rows: int | None = field(default=None, metadata={"help": "Use only so many rows to train on."})
     hold_out: bool = field(default=False, metadata={"help": "Evaluate on a tenth of train, not on test (to choose settings)."})
     eval_rows: int | None = field(default=None, metadata={"help": "Use only so many rows to evaluate on."})
@@ -66,7 +72,7 @@ def load_rows(arguments: ExampleArguments) -> DatasetDict:
         kind = {".txt": "text", ".jsonl": "json"}.get(suffix, suffix[1:])
         rows = load_dataset(kind, data_files=arguments.dataset, split="train").train_test_split(test_size=0.1, seed=0)
     else:
-        rows = assets.dataset(arguments.dataset)
+        rows = assets.dataset(arguments.dataset, **({"name": arguments.dataset_config} if arguments.dataset_config else {}))
     rows = DatasetDict({"train": rows["train"], "test": rows["test" if "test" in rows else "validation"]})
     if arguments.hold_out:
         rows = rows["train"].train_test_split(test_size=0.1, seed=0)
@@ -76,16 +82,27 @@ def load_rows(arguments: ExampleArguments) -> DatasetDict:
     return rows
 
 
+def with_labels(rows: DatasetDict, column: str) -> tuple[DatasetDict, list[str]]:
+    """The labels as numbers in a column `label`, and their names; a file has them as plain values."""
+    if column != "label":
+        rows = rows.rename_column(column, "label")
+    if not hasattr(rows["train"].features["label"], "names"):
+        rows = rows.class_encode_column("label")
+    return rows, rows["train"].features["label"].names
+
+
 def text_classification(arguments: ExampleArguments, rows: DatasetDict) -> dict[str, Any]:
-    """A sequence classifier on columns `text` and `label`."""
+    """A sequence classifier."""
     path = assets.model_path(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    names = rows["train"].features["label"].names
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows, names = with_labels(rows, arguments.label_column)
     model = AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
     )
+    model.config.pad_token_id = tokenizer.pad_token_id
     rows = rows.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=arguments.max_length),
+        lambda batch: tokenizer(batch[arguments.text_column], truncation=True, max_length=arguments.max_length),
         batched=True,
         remove_columns=[name for name in rows["train"].column_names if name != "label"],
     )
@@ -93,31 +110,32 @@ def text_classification(arguments: ExampleArguments, rows: DatasetDict) -> dict[
 
 
 def image_classification(arguments: ExampleArguments, rows: DatasetDict) -> dict[str, Any]:
-    """An image classifier on columns `image` and `label`."""
+    """An image classifier."""
     path = assets.model_path(arguments.model)
     side = {"height": arguments.image_size, "width": arguments.image_size}
-    processor = AutoImageProcessor.from_pretrained(path, size=side, do_center_crop=False)
-    names = rows["train"].features["label"].names
+    scaled = {} if arguments.image_size is None else {"size": side, "do_center_crop": False}
+    processor = AutoImageProcessor.from_pretrained(path, **scaled)
+    rows, names = with_labels(rows, arguments.label_column)
     model = AutoModelForImageClassification.from_pretrained(
         path, num_labels=len(names), id2label=dict(enumerate(names)), ignore_mismatched_sizes=True
     )
 
     def to_tensors(batch: dict[str, Any]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in batch["image"]]
+        pictures = [picture.convert("RGB") for picture in batch[arguments.image_column]]
         return {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
 
     return {"model": model, "rows": rows.with_transform(to_tensors), "processing_class": processor}
 
 
 def causal_lm(arguments: ExampleArguments, rows: DatasetDict) -> dict[str, Any]:
-    """A language model on the column `text`, cut into blocks of `max_length` tokens."""
+    """A language model on texts that are cut into blocks of `max_length` tokens."""
     path = assets.model_path(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(path)
 
     def to_blocks(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        tokens = [token for ids in tokenizer(batch["text"])["input_ids"] for token in ids]
+        tokens = [token for ids in tokenizer(batch[arguments.text_column])["input_ids"] for token in ids]
         size = arguments.max_length
         return {"input_ids": [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]}
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .base import Geometry, SubspaceLayer
 from .base.batch_norm import BatchNormLayer
+from .base.targets import exact_targets
 
 PEFT_PREFIX = "base_model.model."
 
@@ -65,7 +66,7 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     lora_config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(factors),
+        target_modules=exact_targets(set(factors), base),
         modules_to_save=sorted(saved) or None,
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
         base_model_name_or_path=config.base_model_name_or_path or getattr(base, "name_or_path", None),

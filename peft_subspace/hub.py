@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from .base import SubspaceConfig
 from .base.batch_norm import STATISTICS
 from .base.config import AFTER_SAVE
+from .base.files import check_adapter_file
 from .registration import complete_cards
 
 START, END = "<!-- peft_subspace: begin -->", "<!-- peft_subspace: end -->"  # what is between is written anew on saving
@@ -94,18 +94,34 @@ def _body(directory: str, config: SubspaceConfig) -> str:
 
 ```python
 import peft_subspace  # registers the {config.method} type with PEFT; without it PEFT raises KeyError: '{config.method}'
-{_snippet(config)}
+{_snippet(directory, config)}
 ```"""
 
 
-def _snippet(config: SubspaceConfig) -> str:
+def _snippet(directory: str, config: SubspaceConfig) -> str:
     if is_model_id(config.base_model_name_or_path or ""):
         name = _auto_class(config)
-        return f'from peft import {name}\n\nmodel = {name}.from_pretrained("this-repository")'
+        labels = _number_of_labels(os.path.join(directory, SAFETENSORS_WEIGHTS_NAME), config)
+        more = "" if labels is None else f", num_labels={labels}"
+        return f'from peft import {name}\n\nmodel = {name}.from_pretrained("this-repository"{more})'
     return (  # nobody else can make the base model from what the config says
         "from peft import PeftModel\n\nbase_model = ...  # the model that the adapter was trained on\n"
         'model = PeftModel.from_pretrained(base_model, "this-repository")'
     )
+
+
+def _number_of_labels(path: str, config: SubspaceConfig) -> int | None:
+    """Rows of the trained head, which the base model must be made with; None if there is no such head."""
+    if "Classification" not in _auto_class(config):
+        return None
+    heads = [
+        shape for key, shape in check_adapter_file(path).items() if key.endswith("weight") and _is_saved_whole(key, config)
+    ]
+    return min((shape[0] for shape in heads if len(shape) == 2), default=None)
+
+
+def _is_saved_whole(key: str, config: SubspaceConfig) -> bool:
+    return any(f".{name}." in f".{key}" for name in config.modules_to_save or [])
 
 
 def _auto_class(config: SubspaceConfig) -> str:
@@ -135,12 +151,11 @@ def count_parameters(path: str, config: SubspaceConfig) -> int:
 
     All but running statistics, and the base's embedding, which PEFT saves along where the vocabulary was changed.
     """
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    whole = "|".join(map(re.escape, config.modules_to_save or []))
-    trained = re.compile(rf"\.{config.method.lower()}_" + (rf"|(^|\.)({whole})\." if whole else ""))
-    names = (name for name in header if trained.search(name) and name.rpartition(".")[2] not in STATISTICS)
-    return sum(math.prod(header[name]["shape"]) for name in names)
+    return sum(
+        math.prod(shape)
+        for key, shape in check_adapter_file(path).items()
+        if _is_saved_whole(key, config) or (f".{config.method.lower()}_" in key and key.rpartition(".")[2] not in STATISTICS)
+    )
 
 
 AFTER_SAVE.append(update_model_card)

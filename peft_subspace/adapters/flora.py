@@ -9,6 +9,7 @@ LoRA, a batched LoRA); this is none of them.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,10 @@ class FloraConfig(SubspaceConfig):
             ranks = value if isinstance(value, (list, tuple)) else [value]
             if not ranks or any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):
                 raise ValueError(f"{name}={value!r}: `r` should be a positive integer value, or a list of them, one per mode.")
-        if self.init_weights not in (True, False, "orthogonal", "gradient"):
+        for name, scale in (("scale", self.scale), *self.scale_pattern.items()):
+            if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale != 0):
+                raise ValueError(f"{name}={scale!r}: a scale is a finite number other than zero.")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in ("orthogonal", "gradient"):
             raise ValueError(
                 f"init_weights={self.init_weights!r} is not known. Accepted: True, False, 'orthogonal', 'gradient'."
             )
@@ -295,7 +299,7 @@ class FloraModel(SubspaceModel):
         Raises:
             ValueError: a quantised layer (it has no gradient), or no gradient reached a layer.
         """
-        config = self.peft_config[adapter_name]
+        config = copy.deepcopy(self.peft_config[adapter_name])  # the ranks that are found must not match other layers
         for key, layer, container, gradient in mean_gradients(self, batches, loss_fn, adapter_name, layers_at_once):
             weight, geometry = layer.geometries[container]
             gradient = geometry.canonical(gradient)

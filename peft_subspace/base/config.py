@@ -52,8 +52,8 @@ class SubspaceConfig(PeftConfig):
     # {pattern field: the field that it overrides for one layer}
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
     # Set on a config that was read from a file until the weights beside it are loaded: if they do not fit, the adapter
-    # is taken off again. Holds the keys of the weights' file, none if there is no such file.
-    awaits_weights: ClassVar[frozenset[str] | None] = None
+    # is taken off again. Holds the shapes in the weights' file by key, none if there is no such file.
+    awaits_weights: ClassVar[dict[str, tuple[int, ...]] | None] = None
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
@@ -107,8 +107,8 @@ class SubspaceConfig(PeftConfig):
                 f"`layers_to_transform` cannot be used when `target_modules` is a str ({self.target_modules!r} is a regular "
                 f"expression): put the layer numbers into the expression."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is not a probability: it must be at least 0 and less than 1.")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} is not a probability: it must be at least 0 and less than 1.")
         if self.peft_subspace_version is None:
             self.peft_subspace_version = _version.__version__
         elif _is_newer(self.peft_subspace_version):
@@ -141,7 +141,7 @@ class SubspaceConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         download = cls._split_kwargs(kwargs)[0]
         path = find_adapter_file(os.fspath(pretrained_model_name_or_path), subfolder, download)
-        config.awaits_weights = check_adapter_file(path) if path is not None else frozenset()  # its own, not a field
+        config.awaits_weights = check_adapter_file(path) if path is not None else {}  # its own, not a field
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -22,8 +22,18 @@ def mean_gradients(
 ) -> Iterator[tuple[str, SubspaceLayer, str, Tensor]]:
     """Yield (layer name, layer, container, mean gradient in the module's layout, float32) for every adapted weight.
 
-    The adapters are off meanwhile, and every flag is put back. See `FloraModel.initialize_from_gradients` for the arguments.
+    The adapters are off meanwhile, and every flag is put back. A group of weights is checked whole before any of it is
+    yielded; with `layers_at_once`, earlier groups may have been used when a later one is refused.
+
+    Args:
+        tuner: the model with wrapped layers.
+        batches: gone through once for every group.
+        loss_fn: `(model, batch) -> loss`; None calls `model(**batch).loss`.
+        adapter_name: whose weights.
+        layers_at_once: how many weights make a group; None for all.
     """
+    if any(layer.merged_adapters for _, layer in tuner.named_subspace_layers()):
+        raise ValueError("Adapters are merged into the base, whose gradient is asked for. Call `unmerge_adapter` first.")
     batches = list(batches)
     if not batches:
         raise ValueError("No batches were given; a gradient needs at least one.")
@@ -36,10 +46,15 @@ def mean_gradients(
     for start in range(0, len(weights), step):
         chunk = weights[start : start + step]
         gradients = _accumulate(tuner, [weight for *_, weight in chunk], batches, loss_fn)
-        for (key, layer, container, _), gradient in zip(chunk, gradients, strict=True):
-            if gradient is None or not torch.isfinite(gradient).all() or not gradient.any():
-                raise ValueError(f"{key}: the loss has no usable gradient with respect to this weight. Exclude the layer.")
-            yield key, layer, container, gradient
+        found = [(*place[:3], gradient) for place, gradient in zip(chunk, gradients, strict=True) if _is_usable(gradient)]
+        if len(found) < len(chunk):
+            useless = [place[0] for place, gradient in zip(chunk, gradients, strict=True) if not _is_usable(gradient)]
+            raise ValueError(f"{useless}: the loss has no usable gradient with respect to these weights. Exclude the layers.")
+        yield from found  # type: ignore[misc]
+
+
+def _is_usable(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(torch.isfinite(gradient).all()) and bool(gradient.any())
 
 
 def _trainable_weight(key: str, layer: SubspaceLayer, container: str) -> nn.Parameter:

@@ -46,6 +46,7 @@ class _Original:
     # bitsandbytes keeps its state on the layer and on the Parameter, and PEFT's backend changes the latter while it reads it
     layer_state: dict[str, Any]
     parameter_state: dict[str, dict[str, Any]]
+    follows_casts: bool  # of the model while merged; a quantised weight keeps its own dtype
 
     @classmethod
     def of(cls, layer: SubspaceLayer, container: str) -> _Original:
@@ -55,7 +56,7 @@ class _Original:
         inner = {
             name: {**vars(p), **_copied_states(vars(p)), "data": p.data} for name, p in parameters.items() if p is not None
         }
-        return cls(owner, parameters, layer._base_weight(container), states, inner)
+        return cls(owner, parameters, layer._base_weight(container), states, inner, layer.quantization_backend is None)
 
     def restore(self, layer: SubspaceLayer, container: str) -> None:
         owner, name = layer._locate(container)
@@ -67,7 +68,9 @@ class _Original:
             original.data = state.pop("data")
             vars(original).clear()
             vars(original).update(state)
-            if current is not None and current.device != original.device:
+            if current is not None and self.follows_casts:
+                original.data = original.data.to(current.device, current.dtype)
+            elif current is not None:
                 original.data = original.data.to(current.device)
         self.module._parameters[name] = original
         vars(self.module).update(self.layer_state)
@@ -218,6 +221,13 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 f"A {self.quantization_backend.backend_name} layer cannot be merged: its weight cannot be read back. Keep the "
                 f"adapter beside the base, or load the base unquantised to merge."
             )
+        for container, (path, _) in self.geometries.items():
+            owner, parameter = self._locate(container)
+            if self.quantization_backend is None and parameter not in owner._parameters:
+                raise ValueError(
+                    f"{path} of {self._get_name()} is computed from other parameters (torch.nn.utils.parametrize): an "
+                    f"adapter cannot be merged into it. Remove the parametrization first, or keep the adapter beside the base."
+                )
         new = [container for container in self.geometries if container not in self._originals]
         self._originals.update({container: _Original.of(self, container) for container in new})
         merged = {name: self._merged_weight(name, [*self.merged_adapters, *names]) for name in self.geometries}

@@ -37,32 +37,40 @@ def check_state_dict(
         near = difflib.get_close_matches(unexpected[0], list(wanted), n=1, cutoff=0.5)
         hint = f" (nearest name in the model: {near[0]})" if near else ""
         problems.append(f"{len(unexpected)} unexpected: {_some(unexpected)}{hint}")
-    if shapes := [
-        f"{key} is {list(found[key])} in the file and {list(wanted[key])} in the model"
-        for key in sorted(set(wanted) & set(found))
-        if wanted[key] != found[key]
-    ]:
-        problems.append(f"{len(shapes)} of another shape: {_some(shapes)}")
+    problems += _other_shapes(wanted, found)
     if problems:
         raise _misfit(problems, adapter_name, method)
 
 
-def check_saved_modules(model: nn.Module, found: frozenset[str], adapter_name: str, method: str) -> None:
-    """Look for the whole modules that an adapter brings (`modules_to_save`) among the keys of its file.
+def check_saved_modules(model: nn.Module, found: dict[str, tuple[int, ...]], adapter_name: str, method: str) -> None:
+    """Look for the whole modules that an adapter brings (`modules_to_save`) among the tensors of its file.
 
     PEFT looks them up without asking, before `check_state_dict` has its turn.
     """
     if getattr(model, "_checkpoint_conversion_mapping", None):  # PEFT renames the file's keys for these models
         return
-    found = frozenset(key.removeprefix(PEFT_PREFIX) for key in found)
-    wanted = [
-        f"{name}.{key}"
+    found = {key.removeprefix(PEFT_PREFIX): shape for key, shape in found.items()}
+    wanted = {
+        f"{name}.{key}": tuple(module.state_dict()[own].shape)
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
-        for key in module.adapter_state_dict_load_map(adapter_name)
+        for key, own in module.adapter_state_dict_load_map(adapter_name).items()
+    }
+    problems = []
+    if missing := sorted(set(wanted) - set(found)):
+        problems.append(f"{len(missing)} missing: {_some(missing)}")
+    problems += _other_shapes(wanted, found)
+    if problems:
+        raise _misfit(problems, adapter_name, method)
+
+
+def _other_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+    shapes = [
+        f"{key} is {list(found[key])} in the file and {list(wanted[key])} in the model"
+        for key in sorted(set(wanted) & set(found))
+        if wanted[key] != found[key]
     ]
-    if missing := sorted(set(wanted) - found):
-        raise _misfit([f"{len(missing)} missing: {_some(missing)}"], adapter_name, method)
+    return [f"{len(shapes)} of another shape: {_some(shapes)}"] if shapes else []
 
 
 def _misfit(problems: list[str], adapter_name: str, method: str) -> ValueError:

@@ -128,6 +128,20 @@ class SubspaceModel(BaseTuner):
                 layer.unmerge()
             layer.set_adapter(adapter_name)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base's weights, in all layers or, if one refuses, in none."""
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        before = [list(layer.merged_adapters) for layer in layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except Exception:
+            for layer, merged in zip(layers, before, strict=True):
+                if layer.merged_adapters != merged:
+                    layer.unmerge()
+                    if merged:
+                        layer.merge(adapter_names=merged)
+            raise
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its BatchNorm statistics."""
         super().delete_adapter(adapter_name)

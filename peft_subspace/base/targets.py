@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -44,7 +45,8 @@ def resolve_targets(config: SubspaceConfig, model: nn.Module) -> None:
             return
         targets = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""))
         if targets is None:
-            targets = "all-linear" if _layers_of_kind(model, "linear", config) else "all-conv"
+            linear, conv = (_layers_of_kind(model, kind, config) for kind in ("linear", "conv"))
+            targets = "all-linear" if len(linear) >= len(conv) else "all-conv"  # a conv net's few linears are its head
     if isinstance(targets, str):
         if targets.lower() not in TARGET_SHORTHANDS:
             config.target_modules = targets  # a regular expression
@@ -74,10 +76,11 @@ def _expand(shorthand: str, model: nn.Module, config: SubspaceConfig) -> set[str
 
 def _layers_of_kind(model: nn.Module, kind: str, config: SubspaceConfig) -> set[str]:
     head = _output_head(model, config)
+    inside = set(map(id, head.modules())) if head is not None else set()  # a head may be a Sequential
     found = set()
     for name, module in base_modules(model):
         geometries = describe(module)
-        if module is not head and geometries and all(g.kind == kind for g in geometries.values()):
+        if id(module) not in inside and geometries and all(g.kind == kind for g in geometries.values()):
             found.add(name)
     return {name for name in found if _in_chosen_layers(name, config)}
 
@@ -171,6 +174,14 @@ def _all_match(targets: Any, names: list[str], field: str, model: nn.Module) -> 
             + f" Every name must match the end of a {'parameter' if field == 'target_parameters' else 'module'}'s name; "
             f"list them with `model.named_{'parameters' if field == 'target_parameters' else 'modules'}()`."
         )
+
+
+def exact_targets(names: set[str], model: nn.Module) -> list[str] | str:
+    """`target_modules` that mean these layers and no others: the names, or an expression where one is the ending of another."""
+    others = {name for name, _ in base_modules(model)} - names
+    if any(_ends_with_any(other, names) for other in others):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return sorted(names)
 
 
 def check_patterns(config: SubspaceConfig, targets: dict[str, dict[str, Geometry]]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 from .kinds import ParamWrapper
+from .targets import exact_targets
 
 if TYPE_CHECKING:
     from .model import SubspaceModel
@@ -16,10 +18,13 @@ def add_weighted_adapter(
 ) -> None:
     """See `SubspaceModel.add_weighted_adapter`."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
-    by_name = dict(zip(adapters, weights, strict=True))
+    by_name: dict[str, float] = {}
+    for name, weight in zip(adapters, weights, strict=True):
+        by_name[name] = by_name.get(name, 0.0) + weight
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
     config.awaits_weights = None
     config.target_modules, config.target_parameters = set(), None
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the targets are named one by one
     for pattern in config.patterns:
         setattr(config, pattern, {})
     layers = [
@@ -27,6 +32,7 @@ def add_weighted_adapter(
         for key, layer in tuner.named_subspace_layers()
         if any(layer.has_adapter(name) for name in adapters)
     ]
+    config.target_modules = exact_targets(config.target_modules, tuner.model)
     tuner.peft_config[adapter_name] = config
     for key, layer, tensors in layers:
         layer.update_layer(adapter_name, config, key)
@@ -61,6 +67,8 @@ def _check(tuner: Any, adapters: list[str], weights: list[float], adapter_name: 
         raise ValueError(f"An adapter {adapter_name!r} exists already. Delete it first or choose another name.")
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight per adapter.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights={weights}: every weight must be a finite number.")
     if combination_type != "linear":
         raise ValueError(f"combination_type={combination_type!r} is not known. Accepted: 'linear' (the exact sum).")
     if any(tuner.peft_config[name].modules_to_save for name in adapters):

@@ -92,11 +92,22 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "empty of tensors": (partial(edit_tensors, change=lambda t: t.clear()), ["12 missing", *FITS]),
     "cut short": (partial(edit_bytes, change=lambda b: b[:-10]), ["cut short or damaged", *DAMAGED]),
-    "cut in the header": (partial(edit_bytes, change=lambda b: b[:100]), ["it has 100 bytes", *DAMAGED]),
-    "cut to nothing": (partial(edit_bytes, change=lambda b: b""), ["it has 0 bytes", *DAMAGED]),
+    "cut in the header": (partial(edit_bytes, change=lambda b: b[:100]), ["cut short or damaged", *DAMAGED]),
+    "cut to nothing": (partial(edit_bytes, change=lambda b: b""), ["cut short or damaged", *DAMAGED]),
     "longer": (partial(edit_bytes, change=lambda b: b + b"more"), ["cut short or damaged", *DAMAGED]),
-    "damaged header": (partial(edit_bytes, change=lambda b: b[:40] + b"\xff\xfe\x00" + b[43:]), ["cannot be read", *DAMAGED]),
-    "damaged length": (partial(edit_bytes, change=lambda b: b"\xff" * 8 + b[8:]), ["its header alone says", *DAMAGED]),
+    "damaged header": (
+        partial(edit_bytes, change=lambda b: b[:40] + b"\xff\xfe\x00" + b[43:]),
+        ["cut short or damaged", *DAMAGED],
+    ),
+    "damaged length": (partial(edit_bytes, change=lambda b: b"\xff" * 8 + b[8:]), ["cut short or damaged", *DAMAGED]),
+    "damaged shape": (
+        partial(edit_bytes, change=lambda b: b.replace(b"[2,2]", b"[2,9]", 1)),
+        ["cut short or damaged", *DAMAGED],
+    ),
+    "damaged type": (
+        partial(edit_bytes, change=lambda b: b.replace(b'"F32"', b'"X32"', 1)),
+        ["cut short or damaged", *DAMAGED],
+    ),
     "another format": (partial(edit_bytes, change=lambda b: b"PK\x03\x04" + b[4:]), ["not a whole safetensors", *DAMAGED]),
     "newer version": (
         partial(edit_config, peft_subspace_version="0.99.0"),

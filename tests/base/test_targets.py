@@ -41,7 +41,7 @@ MEANINGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "default of a known architecture": ("llama", {}, llama(["self_attn.q_proj", "self_attn.v_proj"])),
     "default of GPT-2": ("gpt2", {}, {"transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"}),
     "default of an unknown one": ("mlp", {}, {"first", "second", "head"}),
-    "default of an unknown conv net": ("conv", {}, {"head"}),
+    "default of an unknown conv net": ("conv", {}, {"stem", "grouped", "depthwise", "pointwise"}),
     "default with parameters": ("moe", {"target_parameters": ["experts.down_proj"]}, {"model.layers.0.feed_forward.experts"}),
     "all-linear": ("llama", {"target_modules": "all-linear"}, ALL_LLAMA),
     "ALL-LINEAR": ("llama", {"target_modules": "ALL-LINEAR"}, ALL_LLAMA),

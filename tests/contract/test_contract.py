@@ -458,7 +458,6 @@ def test_merge_and_unmerge_are_exact(method: Method, name: str, dtype: torch.dty
     before, objects = run(model, batch), base_parameters(model)
     values = {key: p.clone() for key, p in objects.items()}
     model.merge_adapter()
-    adapted = {id(layer._locate(container)[0]): layer for layer in layers(model).values() for container in layer.geometries}
     for layer in layers(model).values():
         for container, (_, geometry) in layer.geometries.items():
             owner, weight = layer._locate(container)
@@ -466,7 +465,6 @@ def test_merge_and_unmerge_are_exact(method: Method, name: str, dtype: torch.dty
             exact = original.double() + geometry.native(layer.deltas("default")[container].delta_weight()).double()
             error = (getattr(owner, weight).double() - exact).abs()  # one rounding: half a unit in the last place
             assert (error <= exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-7).all()
-    assert adapted
     model.unmerge_adapter()
     after = base_parameters(model)
     assert all(after[key] is objects[key] for key in objects), "the Parameter objects themselves come back"
@@ -947,6 +945,24 @@ def test_batch_norm_statistics_merge_and_unmerge(method: Method, name: str) -> N
     merged = model.merge_and_unload()
     assert_near(run(merged, batch), trained, 1e-5)
     assert not any(isinstance(module, BatchNormLayer) for module in merged.modules())
+
+
+@pytest.mark.parametrize(("weights", "shares"), [((1.0, 3.0), (0.25, 0.75)), ((1.0, -2.0), (1.0, 0.0)), ((-1.0, 0.0), None)])
+def test_a_weighted_sum_averages_the_statistics(method: Method, weights: Any, shares: tuple[float, float] | None) -> None:
+    """They cannot be summed: the mean by the positive weights; the base's, if there is none."""
+    pico = MODELS["batch norm"]
+    model = get_peft_model(pico.model(), config(method, pico))
+    train(model, pico.batch())
+    model.add_adapter("other", config(method, pico))
+    model.set_adapter("other")
+    train(model, pico.batch(seed=5))
+    model.add_weighted_adapter(["default", "other"], list(weights), "mix")
+    (norm,) = norms(model)
+    kept = getattr(norm, norm.container)
+    for name in ("running_mean", "running_var"):
+        first, second, found = (getattr(kept[adapter], name) for adapter in ("default", "other", "mix"))
+        own = getattr(norm.base_layer, name)
+        torch.testing.assert_close(found, own if shares is None else shares[0] * first + shares[1] * second)
 
 
 def test_batch_norm_statistics_can_be_left_to_the_base(method: Method) -> None:
