@@ -103,7 +103,18 @@ def share_and_reload(output: Path) -> None:
                 raise SystemExit("The local Hub did not start.")
             time.sleep(0.1)
         endpoint = ready.read_text().strip()
-        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(output / "hf-home"), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+        quiet = {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONWARNINGS": "ignore::FutureWarning",
+        }
+        settings = {
+            **quiet,
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(output / "hf-home"),
+            "HF_TOKEN": token,
+            "HF_HUB_DISABLE_XET": "1",
+        }
         steps = Path(__file__).with_name("quickstart_steps.py")
         for step in ("push", "reload", "export", "reload-lora"):
             command = [sys.executable, str(steps), step, str(output), REPOSITORY]

@@ -50,6 +50,8 @@ def adapter_names_passed_on(tuner: nn.Module, adapter_names: list[str] | None, n
     for layer in layers:
         beams = num_beams if isinstance(num_beams, int) and id(layer) not in in_encoder else 1
         names = [name for name in adapter_names for _ in range(beams)]
+        if isinstance(layer, AuxiliaryTrainingWrapper):  # unlike our layers, it takes no name that it does not have
+            names = [name if name in layer._adapters else BASE for name in names]
         handles.append(layer.register_forward_pre_hook(partial(_add_argument, adapter_names=names), with_kwargs=True))
     try:
         yield

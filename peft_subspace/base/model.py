@@ -68,6 +68,11 @@ class SubspaceModel(BaseTuner):
                 f"could not be told from others. Choose another name."
             )
 
+        if hasattr(nn.ModuleDict, adapter_name):
+            raise ValueError(
+                f"The adapter name {adapter_name!r} is an attribute of every module (`nn.Module`). Choose another name."
+            )
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config  # targets need the model: see `_prepare_model`
 

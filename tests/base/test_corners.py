@@ -112,3 +112,28 @@ def test_a_parametrized_weight_is_adapted_but_not_merged() -> None:
 def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         FloraConfig(**fields)
+
+
+def test_a_mixed_batch_with_a_head_that_only_one_adapter_has() -> None:
+    model = adapted(modules_to_save=["block.lin"])
+    model.add_adapter("b", FloraConfig(r=3, init_weights=False, target_modules=["lin"], exclude_modules=["block.lin"]))
+    with torch.no_grad():
+        model.base_model.model.block["lin"].modules_to_save["default"].weight.zero_()
+    names = ["default", "b", "__base__", "default", "b"]
+    mixed = model.eval()(X, adapter_names=names)
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model(X)
+        else:
+            model.set_adapter(name)
+            alone = model(X)
+        torch.testing.assert_close(mixed[i], alone[i])
+
+
+@pytest.mark.parametrize("name", ["half", "train", "keys"])
+def test_an_adapter_named_like_an_attribute_is_refused(name: str) -> None:
+    net = Net()
+    with pytest.raises(ValueError, match="attribute of every module"):
+        get_peft_model(net, FloraConfig(r=2, target_modules=["block.lin"]), adapter_name=name)
+    assert type(net.block["lin"]) is nn.Linear
