@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socketserver
 import tempfile
 import threading
@@ -507,6 +508,7 @@ def main() -> None:
     parser.add_argument("--token", action="append", help="who has it may write (may be repeated); default: everybody")
     parser.add_argument("--ready-file", type=Path, help="is written, with the endpoint in it, once the hub listens")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     with LocalHub(options.root, set(options.token) if options.token else None, options.port) as hub:
         print(hub.endpoint, flush=True)
         if options.ready_file:
