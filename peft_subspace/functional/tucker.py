@@ -31,6 +31,8 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
     Cost: 2 d prod(tensor.shape) flops.
     """
+    if mode == tensor.ndim - 1:  # then the result is contiguous as it comes
+        return torch.tensordot(tensor, matrix, dims=([mode], [1]))
     return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
 
 
