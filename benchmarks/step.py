@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.measure import DTYPES, SHAPES, Shape, Spread, Stopwatch, Workload
-from peft_subspace import FloraConfig
+from peft_subspace import FloraConfig, SvfitConfig
 
 # Providers -----------------------------------------------------------------------------------------------------------
 
@@ -130,6 +130,12 @@ PROVIDERS = {
         "FLoRA of this package",
     ),
     "flora-official": Provider(_official_flora, "FLoRA with dW built in every forward, as in the official code"),
+    **{
+        f"svfit-{r}": Provider(
+            _with_peft(lambda q, r=r: SvfitConfig(r=r, target_modules=q.targets)), f"SVFit of this package, r={r}, whatever --r is"
+        )
+        for r in (16, 64, 256, "full")
+    },
     "dora": Provider(
         _with_peft(lambda q: peft.LoraConfig(r=q.r, lora_alpha=q.r, use_dora=True, target_modules=q.targets)), "PEFT DoRA"
     ),

@@ -1,7 +1,7 @@
 """Subspace methods for Hugging Face PEFT. Importing the package registers its PEFT types."""
 
 from ._version import __version__
-from .adapters import FloraConfig, FloraDelta, FloraModel
+from .adapters import FloraConfig, FloraDelta, FloraModel, SvfitConfig, SvfitDelta, SvfitModel
 from .base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
 from .export import save_as_lora, to_lora
 from .hub import write_model_card
@@ -18,6 +18,9 @@ __all__ = [
     "SubspaceConfig",
     "SubspaceLayer",
     "SubspaceModel",
+    "SvfitConfig",
+    "SvfitDelta",
+    "SvfitModel",
     "__version__",
     "register",
     "save_as_lora",

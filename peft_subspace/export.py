@@ -88,9 +88,8 @@ def save_as_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
 def _layer_factors(name: str, layer: SubspaceLayer, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
     factors = {}
-    for container, delta in layer.deltas(adapter_name).items():
+    for container, found in layer.lora_factors(adapter_name).items():
         weight, geometry = layer.geometries[container]
-        found = delta.lora_factors()
         reason = _no_lora(geometry, layer.get_base_layer()) if found is not None else "its update has no exact LoRA form"
         if reason:
             raise ValueError(

@@ -1,5 +1,6 @@
 """One file per method: its config and its Delta. Importing a file registers the method with PEFT."""
 
 from .flora import FloraConfig, FloraDelta, FloraModel
+from .svfit import SvfitConfig, SvfitDelta, SvfitModel
 
-__all__ = ["FloraConfig", "FloraDelta", "FloraModel"]
+__all__ = ["FloraConfig", "FloraDelta", "FloraModel", "SvfitConfig", "SvfitDelta", "SvfitModel"]

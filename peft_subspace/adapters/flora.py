@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
 from ..base.config import find_pattern
 from ..base.convolution import add_low_rank_convolution
+from ..base.delta import Weight
 from ..base.gradients import mean_gradients
 from ..functional import tucker
 from ..functional.low_rank import add_low_rank
@@ -205,11 +206,11 @@ class FloraDelta(Delta):
         rows = geometry.down(x, self.factor_1.to(out.dtype))
         return geometry.up(rows, (self.factor_0 @ self.core).mul(self.scale).to(out.dtype), out)
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, weight: Weight | None = None) -> Tensor:
         return tucker.reconstruct(self.core * self.scale, self.factors())
 
     @torch.no_grad()
-    def lora_factors(self) -> tuple[Tensor, Tensor] | None:
+    def lora_factors(self, weight: Weight | None = None) -> tuple[Tensor, Tensor] | None:
         """B = U_out, A = s G x_in U_in x_kernel U_kernel: exact, of rank r_out. Grouped convs and bare weights have no LoRA."""
         if self.geometry.kind == "weight" or self.geometry.groups > 1 or self.geometry.transposed:
             return None

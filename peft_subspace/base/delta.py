@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .geometry import Geometry
 
 if TYPE_CHECKING:
     from .config import SubspaceConfig
+
+# Gives the base's own weight, canonical layout, its own dtype. A call, because a quantised weight is dequantised for it.
+Weight = Callable[[], Tensor]
 
 
 class Delta(nn.Module):
@@ -24,8 +29,12 @@ class Delta(nn.Module):
         config: the adapter's config with this layer's overrides filled in.
     """
 
-    # Whether this update stands in for the base layer instead of being added to its output. Then `replace` is called.
+    # Whether the adapter calls the base layer itself, so that it can change the input too. Then `call` makes the output.
+    takes_over: ClassVar[bool] = False
+    # Whether it does so without the base's weight: then no second adapter of its kind can be active beside it.
     replaces_base: ClassVar[bool] = False
+    # Names of the tensors that are not trained, for whoever counts what a file holds.
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, geometry: Geometry, config: SubspaceConfig) -> None:
         super().__init__()
@@ -36,8 +45,33 @@ class Delta(nn.Module):
     def check(cls, geometry: Geometry, config: SubspaceConfig) -> None:
         """Raise ValueError if the config does not fit the weight. Called for every layer before the model is touched."""
 
-    def prepare(self, weight: Tensor) -> None:
-        """Fill what depends on the weight (canonical layout, float32), when an adapter is new. Not called on loading."""
+    # What depends on the weight ----------------------------------------------------------------------------------------
+
+    def prepare(self, weight: Weight, siblings: Sequence[Any], saved: dict[str, Tensor] | None = None) -> None:
+        """Fill what depends on the weight: when an adapter is new, or came from a file that leaves it out.
+
+        Args:
+            weight: the base's weight; not asked for when `siblings` have all that is needed.
+            siblings: other adapters of the same weight.
+            saved: None for a new adapter; else the tensors of the file (names as in `state_dict`), which stay as they are.
+
+        Raises:
+            ValueError: it is not the weight that the adapter was made for; says what differs and the way out.
+        """
+
+    def is_incomplete(self) -> bool:
+        """Whether something that depends on the weight is not there yet. Asked before every use; then `prepare` is called."""
+        return False
+
+    def decided(self) -> dict[str, Any]:
+        """Config fields that the weight decided, such as `{"r": 93}`; they are recorded so that loading decides nothing."""
+        return {}
+
+    # The update --------------------------------------------------------------------------------------------------------
+
+    def dropped(self, x: Tensor, out: Tensor) -> Tensor:
+        """The input that `forward` gets: in the dtype of the output, with dropout in training."""
+        return F.dropout(x.to(out.dtype), self.dropout, self.training)
 
     def forward(self, x: Tensor, y0: Tensor, out: Tensor) -> Tensor:
         """Add the update to `out`, in the dtype of `out`.
@@ -49,15 +83,15 @@ class Delta(nn.Module):
         """
         raise NotImplementedError
 
-    def replace(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's whole output; only for `replaces_base`."""
+    def call(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's whole output; only for `takes_over` and `replaces_base`."""
         raise NotImplementedError
 
-    def delta_weight(self) -> Tensor:
-        """The dense update dW, canonical layout, in the dtype of the parameters: what `forward` is tested against."""
+    def delta_weight(self, weight: Weight) -> Tensor:
+        """The dense update dW, canonical layout, at least in the dtype of the parameters: what the output is tested against."""
         raise NotImplementedError
 
-    def lora_factors(self) -> tuple[Tensor, Tensor] | None:
+    def lora_factors(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         """Exact LoRA factors (A `[r, in, *kernel]`, B `[out, r]`) with dW = B A, or None if dW has no such form."""
         return None
 

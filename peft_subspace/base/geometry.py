@@ -55,6 +55,7 @@ class Geometry:
     dilation: tuple[int, ...] = ()
     transposed: bool = False
     padding_mode: str = "zeros"
+    quantized: bool = False  # the weight is packed: it can be called and dequantised, not multiplied with
     border: tuple[int, ...] = ()  # what F.pad takes, instead of `padding`, for other modes or two different sides
 
     @property
@@ -210,7 +211,8 @@ def _describe_layer(module: nn.Module) -> Geometry | None:
     if isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module):
         in_features, out_features = _get_in_out_features(module)
         if in_features and out_features:
-            return Geometry("linear", (out_features, in_features), swapped=isinstance(module, Conv1D))
+            swapped, quantized = isinstance(module, Conv1D), is_quantized(module)
+            return Geometry("linear", (out_features, in_features), swapped=swapped, quantized=quantized)
     return None
 
 

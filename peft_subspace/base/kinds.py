@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.low_rank import without_autocast
@@ -22,8 +21,8 @@ class CalledLayer(SubspaceLayer):
 
     def _adapted_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         deltas = [getattr(self, self.adapter_layer_names[0])[name] for name in names]
-        if any(delta.replaces_base for delta in deltas):
-            return self._replaced_forward(names, deltas, x, *args, **kwargs)
+        if any(delta.takes_over or delta.replaces_base for delta in deltas):
+            return self._taken_over(names, deltas, x, *args, **kwargs)
         y0 = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y0 = self.quantization_backend.maybe_clone_base_result(y0)
@@ -39,17 +38,25 @@ class CalledLayer(SubspaceLayer):
                 if delta.geometry.kind == "embedding":
                     out = delta(x, y0, out)
                 else:
-                    out = delta(F.dropout(x.to(out.dtype), delta.dropout, self.training), y0, out)
+                    out = delta(delta.dropped(x, out), y0, out)
         return out
 
-    def _replaced_forward(self, names: list[str], deltas: list[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _taken_over(self, names: list[str], deltas: list[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One adapter calls the base layer; the dense updates of further ones are added, which is exact and not fast."""
         if sum(delta.replaces_base for delta in deltas) > 1:
             raise ValueError(
                 f"{names} are active on one {self._get_name()} and more than one of them stands in for the base layer. "
                 f"Activate one at a time with `set_adapter`."
             )
-        y0 = next(delta for delta in deltas if delta.replaces_base).replace(self.base_layer, x, *args, **kwargs)
-        return self._add([delta for delta in deltas if not delta.replaces_base], x, y0)
+        out = deltas[0].call(self.base_layer, x, *args, **kwargs)
+        container, (_, geometry) = next(iter(self.geometries.items()))
+        if len(names) > 1 and geometry.kernel and x.ndim == len(geometry.kernel) + 1:  # see `_add`
+            return self._taken_over(names, deltas, x[None], *args, **kwargs)[0]
+        for name in names[1:]:
+            dense = self.dense_update(container, name).to(out.dtype)
+            with without_autocast(out):
+                out = geometry.dense(x if geometry.kind == "embedding" else x.to(out.dtype), dense, out)
+        return out
 
 
 class OwnWeightLayer(SubspaceLayer):
@@ -94,7 +101,7 @@ class OwnWeightLayer(SubspaceLayer):
         weight = getattr(owner, name)
         geometry = self.geometries[container][1]
         with without_autocast(weight):  # composed as `merge` does
-            total = sum(getattr(self, container)[adapter].delta_weight() for adapter in names)
+            total = sum(self.dense_update(container, adapter) for adapter in names)
             return (weight + geometry.native(total)).to(weight.dtype)
 
     def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:

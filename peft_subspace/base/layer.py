@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,8 +120,12 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             adapter_name: name of the adapter.
             config: the adapter's config.
             key: name of this layer in the model, by which the config's patterns know it.
-            inference_mode: the adapter comes from a file: it is frozen, and nothing is computed from the weight.
+            inference_mode: the adapter is frozen.
+
+        For an adapter that comes from a file nothing is computed from the weight: the file brings it, or `complete` does.
         """
+        is_new = not inference_mode and config.awaits_weights is None
+
         for container, (weight, geometry) in self.geometries.items():
             delta = self.delta_cls(geometry, config.for_layer(key, weight))
             if adapter_name in delta.state_dict():
@@ -131,8 +136,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             getattr(self, container)[adapter_name] = delta
             self._move_adapter_to_device_of_base_layer(adapter_name)
             reads_weight = self.delta_cls.prepare is not Delta.prepare  # else a quantised weight is not even dequantised
-            if reads_weight and not inference_mode and not any(p.is_meta for p in delta.parameters()):
-                delta.prepare(geometry.canonical(self._base_weight(container)).float())
+            if reads_weight and is_new and self._weight_device(container).type != "meta":
+                delta.prepare(partial(self._canonical_weight, container), self._siblings(container, adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
@@ -141,6 +146,28 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         for container, delta in self.deltas(adapter_name).items():
             for name, target in delta.state_dict(keep_vars=True).items():
                 target.copy_(tensors[container][name])
+
+    def complete(self, adapter_name: str, saved: dict[str, dict[str, Tensor]] | None = None) -> None:
+        """Make what a file left out of an adapter, from the weight. A meta weight is waited for.
+
+        Args:
+            adapter_name: the adapter.
+            saved: container -> the tensors of the file, if they are not in the adapter yet.
+
+        Raises:
+            ValueError: the weight is not the one that the adapter was made for.
+        """
+        for container, delta in self.deltas(adapter_name).items():
+            if not delta.is_incomplete() or self._weight_device(container).type == "meta":
+                continue
+            tensors = dict(delta.state_dict()) if saved is None else saved[container]
+            try:
+                delta.prepare(partial(self._canonical_weight, container), self._siblings(container, adapter_name), tensors)
+            except ValueError as error:
+                raise ValueError(f"{self.geometries[container][0]} of {self._get_name()}: {error}") from error
+
+    def _siblings(self, container: str, adapter_name: str) -> list[Any]:
+        return [delta for name, delta in getattr(self, container).items() if name != adapter_name]
 
     def deltas(self, adapter_name: str) -> dict[str, Any]:
         """container -> Delta of one adapter; empty if the adapter does not act on this layer."""
@@ -179,7 +206,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def _here(self, names: Sequence[str]) -> list[str]:
         container = getattr(self, self.adapter_layer_names[0])
-        return [name for name in names if name in container]
+        found = [name for name in names if name in container]
+        for name in found:
+            self.complete(name)
+        return found
 
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -259,8 +289,25 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         weight = self._base_weight(container)
         total = geometry.canonical(weight).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for name in names:
-            total += getattr(self, container)[name].delta_weight().to(total.device, total.dtype)
+            total += self.dense_update(container, name).to(total.device, total.dtype)
         return geometry.native(total).to(weight.dtype).contiguous()
+
+    def dense_update(self, container: str, adapter_name: str) -> Tensor:
+        """dW of one adapter and weight, canonical layout; the definition that everything else is tested against."""
+        self.complete(adapter_name)
+        update: Tensor = getattr(self, container)[adapter_name].delta_weight(partial(self._canonical_weight, container))
+        return update
+
+    def _canonical_weight(self, container: str) -> Tensor:
+        return self.geometries[container][1].canonical(self._base_weight(container))
+
+    def lora_factors(self, adapter_name: str) -> dict[str, tuple[Tensor, Tensor] | None]:
+        """container -> exact LoRA factors (A, B) of an adapter, None where there are none."""
+        self.complete(adapter_name)
+        return {
+            container: delta.lora_factors(partial(self._canonical_weight, container))
+            for container, delta in self.deltas(adapter_name).items()
+        }
 
     def _set_weight(self, container: str, weight: Tensor) -> None:
         if self.quantization_backend is not None:
@@ -301,7 +348,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if len(self.geometries) > 1:
             raise ValueError(f"{self._get_name()} has several adapted weights: {[w for w, _ in self.geometries.values()]}.")
         container, (_, geometry) = next(iter(self.geometries.items()))
-        return geometry.native(getattr(self, container)[adapter_name].delta_weight())
+        return geometry.native(self.dense_update(container, adapter_name))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` may be used: an additive update of one weight."""

@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .layer import SubspaceLayer
+
 PEFT_PREFIX = "base_model.model."  # of the keys in an adapter file
 
 
@@ -40,6 +42,27 @@ def check_state_dict(
     problems += _other_shapes(wanted, found)
     if problems:
         raise _misfit(problems, adapter_name, method)
+
+
+def complete_adapter(model: nn.Module, loaded: dict[str, Tensor], adapter_name: str) -> None:
+    """Make from the base's weights what an adapter file leaves out, now that a misfit can still be told from the file.
+
+    Raises:
+        ValueError: names the layer whose weight is not the one that the adapter was trained on.
+    """
+    found = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in loaded.items()}
+    for name, module in model.named_modules():
+        if not isinstance(module, SubspaceLayer):
+            continue
+        name = name.removeprefix(PEFT_PREFIX)
+        saved = {
+            container: {tensor: found.get(f"{name}.{container}.{tensor}", own) for tensor, own in delta.state_dict().items()}
+            for container, delta in module.deltas(adapter_name).items()
+        }
+        try:
+            module.complete(adapter_name, saved)
+        except ValueError as error:
+            raise ValueError(f"The adapter {adapter_name!r} does not fit {name}: {error} The model was left as it was.") from error
 
 
 def check_saved_modules(model: nn.Module, found: dict[str, tuple[int, ...]], adapter_name: str, method: str) -> None:

@@ -22,7 +22,7 @@ from .delta import Delta
 from .geometry import Geometry, quantization_backend
 from .kinds import ParamWrapper, make_layer
 from .layer import SubspaceLayer
-from .loading import check_saved_modules, check_state_dict, remove_adapter
+from .loading import PEFT_PREFIX, check_saved_modules, check_state_dict, complete_adapter, remove_adapter
 from .mixed_batch import adapter_names_passed_on
 from .targets import check_patterns, find_targets, resolve_targets
 from .weighted import add_weighted_adapter
@@ -57,9 +57,37 @@ class SubspaceModel(BaseTuner):
             if config.adapt_batch_norm:
                 for layer in wrap_batch_norms(model, self.prefix, adapter_name):
                     layer.set_adapter(self.active_adapters)
+            self._record_decisions(adapter_name)
+            self._keep_from_ddp(model)
         except Exception:
             remove_adapter(self, adapter_name)
             raise
+
+    def _record_decisions(self, adapter_name: str) -> None:
+        """Write what the weights decided (ranks by energy) into the config, by exact name. Last: no other layer may match it."""
+        config = self.peft_config[adapter_name]
+        for key, layer in self.named_subspace_layers():
+            for container, delta in layer.deltas(adapter_name).items():
+                exact = key if len(layer.geometries) == 1 else f"{key}.{layer.geometries[container][0]}"
+                for pattern, name in config.patterns.items():
+                    getattr(config, pattern).update({exact: value for f, value in delta.decided().items() if f == name})
+
+    @staticmethod
+    def _keep_from_ddp(model: nn.Module) -> None:
+        """DDP sends every buffer of rank 0 to all others in each forward, frozen bases too, if their names are not here.
+
+        It looks the list up on the module that it wraps, where a PeftModel passes the question on to `model`.
+        """
+        frozen = {
+            f"{name}.{buffer}"
+            for name, module in model.named_modules()
+            if isinstance(module, Delta)
+            for buffer, _ in module.named_buffers(recurse=False)
+        }
+        if frozen:
+            known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+            names = {prefix + name for prefix in ("", "model.", PEFT_PREFIX) for name in frozen}
+            model._ddp_params_and_buffers_to_ignore = sorted(known | names)  # type: ignore[assignment]
 
     def _check_adapter_name(self, adapter_name: str) -> None:
         if adapter_name in self.prefix:
@@ -164,7 +192,8 @@ class SubspaceModel(BaseTuner):
             for container, delta in layer.deltas(adapter_name).items():
                 owner, name = layer._locate(container)
                 dtype = getattr(owner, name).dtype
-                delta.to(dtype if dtype.is_floating_point else torch.float32)
+                for parameter in delta.parameters():  # what is frozen keeps the dtype that its method chose
+                    parameter.data = parameter.data.to(dtype if dtype.is_floating_point else torch.float32)
 
     def named_subspace_layers(self) -> Iterator[tuple[str, SubspaceLayer]]:
         """All wrapped layers by the name under which a config's patterns know them."""
@@ -203,6 +232,7 @@ class SubspaceModel(BaseTuner):
         expected = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in own.items()}
         try:
             check_state_dict(expected, state_dict, set(model.state_dict()), adapter_name, cls.prefix.rstrip("_"))
+            complete_adapter(model, state_dict, adapter_name)
         except ValueError:
             if config.awaits_weights is not None:
                 remove_adapter(model, adapter_name)

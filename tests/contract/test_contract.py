@@ -100,7 +100,7 @@ def dense_output(model: Any, batch: dict[str, Tensor], weights: dict[str, float]
             total = getattr(owner, name)
             for adapter, weight in weights.items():
                 if layer.has_adapter(adapter):
-                    total = total + weight * geometry.native(layer.deltas(adapter)[container].delta_weight())
+                    total = total + weight * geometry.native(layer.dense_update(container, adapter))
             replaced[f"{names[id(owner)]}.{name}"] = total
 
     def call(**inputs: Tensor) -> Any:
@@ -462,7 +462,7 @@ def test_merge_and_unmerge_are_exact(method: Method, name: str, dtype: torch.dty
         for container, (_, geometry) in layer.geometries.items():
             owner, weight = layer._locate(container)
             original = layer._base_weight(container)
-            exact = original.double() + geometry.native(layer.deltas("default")[container].delta_weight()).double()
+            exact = original.double() + geometry.native(layer.dense_update(container, "default")).double()
             error = (getattr(owner, weight).double() - exact).abs()  # one rounding: half a unit in the last place
             assert (error <= exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-7).all()
     model.unmerge_adapter()

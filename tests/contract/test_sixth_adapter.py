@@ -40,13 +40,13 @@ class GainDelta(Delta):
         self.gain = nn.Parameter(torch.full(geometry.shape[:1], config.start))
         self.register_buffer("weight", torch.zeros(geometry.shape))
 
-    def prepare(self, weight: Tensor) -> None:
-        self.weight.copy_(weight)
+    def prepare(self, weight: Any, siblings: Any, saved: Any = None) -> None:
+        self.weight.copy_(weight())
 
     def forward(self, x: Tensor, y0: Tensor, out: Tensor) -> Tensor:
-        return self.geometry.dense(x, self.delta_weight().to(out.dtype), out)
+        return self.geometry.dense(x, self.delta_weight(None).to(out.dtype), out)
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, weight: Any) -> Tensor:
         return self.gain.view(-1, *[1] * (self.weight.ndim - 1)) * self.weight
 
 
@@ -75,11 +75,11 @@ class SwapDelta(Delta):
         super().__init__(geometry, config)
         self.matrix = nn.Parameter(torch.zeros(geometry.shape))
 
-    def prepare(self, weight: Tensor) -> None:
+    def prepare(self, weight: Any, siblings: Any, saved: Any = None) -> None:
         with torch.no_grad():
-            self.matrix.copy_(weight)
+            self.matrix.copy_(weight())
 
-    def replace(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return nn.functional.linear(x, self.matrix.to(x.dtype), base_layer.bias)
 
 
@@ -136,7 +136,7 @@ def test_a_loaded_adapter_is_not_prepared_again(tmp_path: Path, monkeypatch: pyt
     pico = MODELS["mlp"]
     model = get_peft_model(pico.model(), GainConfig(**pico.targets, start=0.5))
     model.save_pretrained(str(tmp_path))
-    monkeypatch.setattr(GainDelta, "prepare", lambda self, weight: pytest.fail("prepared on loading"))
+    monkeypatch.setattr(GainDelta, "prepare", lambda self, *args: pytest.fail("prepared on loading"))
     loaded = PeftModel.from_pretrained(pico.model(seed=9), str(tmp_path))  # even on another base
     for ours, theirs in zip(loaded.modules(), model.modules(), strict=True):
         if isinstance(ours, GainDelta):

@@ -1,0 +1,418 @@
+"""SVFit: train the leading singular values of the pretrained weight, and nothing else.
+
+    W = U diag(s) V^T,      W' = W_e + U_r diag(s_r + delta) V_r^T = W + U_r diag(delta) V_r^T          delta: [r], starts at 0
+
+Source: Sun et al., "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values"
+(arXiv:2409.05926), of which only the abstract and the introduction could be read; there is no official code. The paper's split
+into W_r and the rest W_e is the same map. Here W stays as it is and `delta` is what is stored, so that the start is the base to
+the bit, weight decay pulls towards the pretrained values, and an update smaller than a rounding of sigma is not lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..base import Delta, Geometry, SubspaceConfig, SubspaceModel
+from ..base.delta import Weight
+from ..functional import svd
+from ..functional.directions import FORMS, Form, built_linear, choose_form, factored_linear, scale_channels, scale_matrix, scale_rows
+from ..registration import register
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SMALL = 50e6  # bytes of all bases in float16 that go into the file without being asked for
+
+
+@dataclass
+class SvfitConfig(SubspaceConfig):
+    """SVFit: `W' = W + U_r diag(delta) V_r^T` with frozen singular vectors and r trained numbers per weight.
+
+    Args:
+        r: how many of the largest singular values are trained: a number (lowered to what a smaller weight has) or "full".
+        energy: instead of `r`: as many as hold this share of the weight's squared norm, sum of s_i^2. On trained weights 0.99
+            is nearly all of them. The ranks go into `rank_pattern`.
+        max_r: upper bound with `energy`.
+        svd: "gram" (default; float64 eigenvectors of the smaller Gram matrix, the most reproducible and, for wide layers, the
+            cheapest exact way), "full" (LAPACK's SVD in float32), or "lowrank" (randomised, seconds for the widest layers, but a
+            subspace that only the file can give back). Embeddings always take "gram".
+        svd_niter: power iterations of "lowrank".
+        seed: of "lowrank".
+        svd_device: where to decompose, such as "cuda" or "cpu"; "auto" is where the weight lies.
+        scale: "additive" trains delta (the paper: a step of Adam moves every sigma_i by the learning rate); "relative" trains
+            z = delta / s (by the learning rate times s_i: one rate suits layers and directions of all sizes).
+        nonnegative: keep s + delta at or above zero (where it would be below, it stays at zero and gets no gradient).
+        save_basis: whether the file has the singular vectors. Without them it holds r numbers a layer and three times that in
+            all; loading then decomposes the base again, and refuses a base with other bits. "auto" saves them with
+            svd="lowrank", on a quantised base, and where they are below 50 MB in all, but not for r="full".
+        basis_dtype: of the basis, in memory and in the file; "auto": float16 if it is saved, else the base's dtype.
+        form: "auto" chooses the cheapest of the equal forms for each call; or "one-sided", "built", "factored".
+        bias: "none", "all" or "svfit_only": biases of the base that are trained too. They change the base: with the adapter
+            disabled its output is not the original one.
+        dropout: probability of dropping a direction's share of one token, in training.
+    """
+
+    method: ClassVar[str] = "SVFIT"
+    title: ClassVar[str] = "SVFit"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2409.05926"
+
+    r: int | Literal["full"] | None = field(default=None, metadata={"help": "Number of trained singular values, or 'full'."})
+    energy: float | None = field(default=None, metadata={"help": "Choose r by the share of the squared norm."})
+    max_r: int | None = field(default=None, metadata={"help": "Upper bound with `energy`."})
+    svd: Literal["gram", "full", "lowrank"] = field(default="gram", metadata={"help": "How to decompose."})
+    svd_niter: int = field(default=8, metadata={"help": "Power iterations of 'lowrank'."})
+    seed: int = field(default=0, metadata={"help": "Seed of 'lowrank'."})
+    svd_device: str = field(default="auto", metadata={"help": "Where to decompose."})
+    scale: Literal["additive", "relative"] = field(default="additive", metadata={"help": "Train delta or delta / s."})
+    nonnegative: bool = field(default=False, metadata={"help": "Keep singular values at or above zero."})
+    save_basis: bool | Literal["auto"] = field(default="auto", metadata={"help": "Put the singular vectors into the file."})
+    basis_dtype: Literal["auto", "float32", "float16", "bfloat16"] = field(default="auto", metadata={"help": "Of the basis."})
+    form: Form | Literal["auto"] = field(default="auto", metadata={"help": "How to compute the update."})
+    bias: Literal["none", "all", "svfit_only"] = field(default="none", metadata={"help": "Biases that are trained too."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r is not None and self.energy is not None:
+            raise ValueError(f"r={self.r!r} and energy={self.energy!r}: give one of them, the other follows from the weight.")
+        if self.r is None and self.energy is None:
+            self.r = "full"
+        for name, value in (("r", self.r), *self.rank_pattern.items()):
+            if not (value is None or value == "full" or _is_positive(value)):
+                raise ValueError(f"{name}={value!r}: `r` should be a positive integer value or 'full'.")
+        for name in ("max_r", "svd_niter"):
+            value = getattr(self, name)
+            if not (value is None and name == "max_r") and not _is_positive(value):
+                raise ValueError(f"{name}={value!r} should be a positive integer value.")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"energy={self.energy!r} is a share of the squared norm: it must be in (0, 1].")
+        if self.max_r is not None and self.energy is None:
+            raise ValueError(f"max_r={self.max_r!r} bounds what `energy` chooses; set `energy`, or `r` alone.")
+        choices: dict[str, tuple[Any, ...]] = {
+            "svd": ("gram", "full", "lowrank"),
+            "scale": ("additive", "relative"),
+            "save_basis": ("auto", True, False),
+            "basis_dtype": ("auto", *DTYPES),
+            "form": ("auto", *FORMS),
+            "bias": ("none", "all", "svfit_only"),
+        }
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
+        if self.svd == "lowrank" and self.save_basis is False:
+            raise ValueError("svd='lowrank' finds another subspace each time: its basis must be in the file. Leave save_basis on.")
+        if self.svd == "lowrank" and self.energy is not None:
+            raise ValueError("svd='lowrank' does not see the whole spectrum, so `energy` cannot be told. Use 'gram', or set `r`.")
+
+    @property
+    def keeps_basis(self) -> bool:
+        """Whether the file has the basis; "auto" is decided when an adapter is put on a model."""
+        return self.save_basis is not False
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def matrix_shape(geometry: Geometry) -> tuple[tuple[int, ...], int, int]:
+    """How a weight is seen as matrices: (stack, rows, columns).
+
+    A convolution is `[out, in * kernel]`, one matrix for each group; a stack of experts one matrix for each; a vector one column.
+    """
+    shape = geometry.shape
+    if geometry.kind == "weight":
+        return (shape[:-2], *shape[-2:]) if len(shape) > 1 else ((), shape[0], 1)
+    if geometry.groups > 1:
+        return (geometry.groups,), shape[0] // geometry.groups, math.prod(shape[1:])
+    return (), shape[0], math.prod(shape[1:])
+
+
+class SvfitDelta(Delta):
+    """One SVFit adapter on one weight.
+
+    `shift` `[*, r]` is trained: delta, or z = delta / s. Frozen: `singular_values` s `[*, r]`; `probe` `[*, r]`, by which a basis
+    that was made again is recognised; `basis` `[*, r, d]`, the singular vectors of the smaller side as rows. A stack of matrices
+    has its own of each.
+    """
+
+    takes_over: ClassVar[bool] = True
+    frozen: ClassVar[tuple[str, ...]] = ("singular_values", "probe", "basis")
+
+    def __init__(self, geometry: Geometry, config: Any) -> None:
+        super().__init__(geometry, config)
+        self.stack, self.rows, self.columns = matrix_shape(geometry)
+        # A convolution and an embedding can be scaled at their output only; else the smaller side is the cheaper one.
+        self.left = geometry.kind in ("conv", "embedding") or self.rows <= self.columns
+        self.config = config
+        self.method = "gram" if geometry.kind == "embedding" else config.svd
+        limit = min(self.rows, self.columns)
+        r = limit if config.r == "full" else min(config.r or config.max_r or limit, limit)
+        self.register_buffer("basis", None, persistent=config.keeps_basis)
+        self.register_buffer("counterpart", None, persistent=False)  # U^T W or (W V)^T, for the factored form only
+        self._resize(r, kept=r if config.keeps_basis else 0)
+        self._is_whole = False
+        self._has_moved = False
+
+    if TYPE_CHECKING:  # a type checker cannot follow buffers
+        basis: Tensor
+        counterpart: Tensor | None
+        singular_values: Tensor
+        probe: Tensor
+
+    def _resize(self, r: int, kept: int) -> None:
+        self.shift = nn.Parameter(torch.zeros(*self.stack, r, dtype=torch.float32))
+        self.register_buffer("singular_values", torch.zeros(*self.stack, r))
+        self.register_buffer("probe", torch.zeros(*self.stack, r))
+        width = self.rows if self.left else self.columns
+        self.basis = torch.zeros(*self.stack, kept, width, dtype=DTYPES.get(self.config.basis_dtype, self._file_dtype()))
+
+    def _file_dtype(self) -> torch.dtype:
+        return torch.float16 if self.config.keeps_basis else torch.float32
+
+    @property
+    def r(self) -> int:
+        """Number of trained singular values."""
+        return self.shift.shape[-1]
+
+    # What depends on the weight ----------------------------------------------------------------------------------------
+
+    def is_incomplete(self) -> bool:
+        if self._is_whole:
+            return False
+        if self.basis.shape[-2] < self.r:
+            return True
+        if torch.compiler.is_compiling():
+            return False
+        self._is_whole = bool((self.singular_values != 0).any())  # they are in every file
+        return not self._is_whole
+
+    @torch.no_grad()
+    def prepare(self, weight: Weight, siblings: Sequence[Any], saved: dict[str, Tensor] | None = None) -> None:
+        """Decompose the weight, or look along with an adapter that has done so; check it against a file's values.
+
+        Cost: see `functional.svd.leading_singular`; none if a sibling has as many directions.
+        """
+        from_file = saved is not None and bool((saved["singular_values"] != 0).any())
+        peers = [other for other in siblings if self._is_alike(other) and not other.is_incomplete()]
+        wanted = self.r if self.config.r is not None or from_file else None
+        source = next((other for other in peers if wanted is not None and other.r >= wanted), None)
+        if source is not None and (not from_file or not self._difference(source, saved)):
+            self._look_along(source)
+        else:
+            self._decompose(weight(), from_file, saved)
+            for other in peers:  # one basis for all: leading rows of this one, if they are the same bits
+                if other.r <= self.r and torch.equal(other.basis, self.basis[..., : other.r, :]):
+                    other.basis = self.basis[..., : other.r, :]
+        if self.config.init_weights is False and not from_file:
+            z = 0.5 * torch.randn_like(self.shift)
+            self.shift.copy_(z if self.config.scale == "relative" else z * self.singular_values)
+        self._is_whole = True
+
+    def _is_alike(self, other: Any) -> bool:
+        mine, theirs = self.config, other.config
+        names = ["basis_dtype", "keeps_basis", *(("svd_niter", "seed") if self.method == "lowrank" else ())]
+        return self.method == other.method and all(getattr(mine, name) == getattr(theirs, name) for name in names)
+
+    def _difference(self, source: SvfitDelta, saved: Any) -> str | None:
+        values, probe = source.singular_values[..., : self.r], source.probe[..., : self.r]
+        return svd.differs(values, probe, saved["singular_values"], saved["probe"])
+
+    def _look_along(self, source: SvfitDelta) -> None:
+        self.singular_values = source.singular_values[..., : self.r].clone()
+        self.probe = source.probe[..., : self.r].clone()
+        self.basis = source.basis[..., : self.r, :]  # a view: adapters of one weight share their directions
+        if source.r == self.r:
+            self.counterpart = source.counterpart
+
+    def _decompose(self, weight: Tensor, from_file: bool, saved: Any) -> None:
+        config = self.config
+        matrix = weight.reshape(*self.stack, self.rows, self.columns)
+        side: svd.Side = "left" if self.left else "right"
+        options = (side, self.method, config.svd_niter, config.seed, config.svd_device)
+        found = svd.leading_singular(matrix, self.r, *options)  # type: ignore[arg-type]
+        if config.r is None and not from_file:
+            total = float(matrix.double().square().sum())
+            r = svd.rank_for_energy(found.values, config.energy, total) or self.r  # None: `max_r` holds less
+            found = svd.Singular(found.values[..., :r], found.basis[..., :r, :].clone())
+            if r != self.r:
+                self._resize(r, kept=0)
+                self.shift.data = self.shift.data.to(weight.device)
+        probe = svd.probe(found.basis)
+        if from_file:
+            problem = svd.differs(found.values, probe, saved["singular_values"], saved["probe"])
+            if problem:
+                raise ValueError(
+                    f"the adapter was trained on a base with other bits: {problem}. Load the base in the dtype, and without the "
+                    f"quantisation, that it was trained with (this weight is {weight.dtype}), or load the adapter there and "
+                    f"save it again with its basis: model.keep_basis()."
+                )
+        else:
+            self.singular_values, self.probe = found.values.float(), probe.float()
+        self.basis = found.basis.to(self._basis_dtype(weight))
+        if self._may_factor(weight):
+            rows = self.basis @ weight if self.left else self.basis @ weight.t()
+            self.counterpart = rows
+
+    def _basis_dtype(self, weight: Tensor) -> torch.dtype:
+        if self.config.basis_dtype != "auto":
+            return DTYPES[self.config.basis_dtype]
+        narrow = weight.dtype in (torch.float16, torch.bfloat16)
+        return torch.float16 if self.config.keeps_basis else weight.dtype if narrow else torch.float32
+
+    def _may_factor(self, weight: Tensor) -> bool:
+        """A full basis in float32 is worth a second one: the weight itself is then not multiplied with."""
+        geometry = self.geometry
+        plain = geometry.kind == "linear" and not geometry.quantized and not geometry.reads_own_weight
+        wide = {weight.dtype, self.basis.dtype} == {torch.float32}
+        return plain and wide and self.config.form in ("auto", "factored") and self.r == min(self.rows, self.columns) >= 64
+
+    def decided(self) -> dict[str, Any]:
+        return {"r": self.r} if self.config.r is None else {}
+
+    # The update --------------------------------------------------------------------------------------------------------
+
+    def relative(self) -> Tensor:
+        """z = delta / s `[*, r]`; 0 for a direction that the weight does not have."""
+        z: Tensor = self.shift
+        if self.config.scale == "additive":
+            z = z * svd.inverse(self.singular_values, max(self.rows, self.columns)).to(z.dtype)
+        return z.clamp(min=-1) if self.config.nonnegative else z
+
+    def call(self, base_layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with W' in the form that `choose_form` finds cheapest.
+
+        Output side y0 + U (z * U^T (y0 - b)) where there are no more outputs than inputs, input side W (x + V (z * V^T x)) + b
+        where there are more. The base layer is called as it is, also a quantised one. Keeps `[n, r]` for backward, not x.
+        """
+        geometry, z = self.geometry, self.relative()
+        dropout = self.dropout if self.training else 0.0
+        bias = getattr(base_layer, "bias", None)
+        if geometry.kind == "linear":
+            form = self._form(base_layer, x, dropout)
+            if form == "factored":
+                assert self.counterpart is not None
+                down, up = (self.counterpart, self.basis) if self.left else (self.basis, self.counterpart)
+                return factored_linear(x, bias, down, up, z, dropout)
+            if form == "built":
+                return built_linear(x, geometry.canonical(base_layer.weight), bias, self.basis, z, self.left)
+        if not self.left:
+            return base_layer(scale_rows(_as_under_autocast(x), self.basis, z, None, dropout), *args, **kwargs)
+        y = base_layer(x, *args, **kwargs)
+        if geometry.kind != "conv":
+            return scale_rows(y, self.basis, z, bias, dropout)
+        channels = y if y.ndim == len(geometry.kernel) + 2 else y[None]  # one sample without a batch axis
+        stack = (self.basis, z) if self.stack else (self.basis[None], z[None])
+        return scale_channels(channels, *stack, bias, dropout).view(y.shape)
+
+    def _form(self, base_layer: Any, x: Tensor, dropout: float) -> Form:
+        config, tokens = self.config, x.numel() // max(1, x.shape[-1])
+        plain = not self.geometry.quantized and x.dtype == getattr(base_layer.weight, "dtype", None) and not _autocasts(x)
+        may_build = plain and not dropout
+        may_factor = plain and self.counterpart is not None and self.counterpart.dtype == x.dtype and self._moved()
+        train = torch.is_grad_enabled() and self.shift.requires_grad
+        if config.form == "auto":
+            return choose_form(tokens, self.rows, self.columns, self.r, train, may_build, may_factor)
+        possible = {"built": may_build, "factored": may_factor}
+        return config.form if possible.get(config.form, True) else "one-sided"
+
+    def _moved(self) -> bool:
+        """Whether the adapter has left its start, where the output must be the base's to the bit and the factors' is not."""
+        if not self._has_moved and not torch.compiler.is_compiling():
+            self._has_moved = bool(self.shift.detach().any())
+        return self._has_moved or torch.compiler.is_compiling()
+
+    def delta_weight(self, weight: Weight) -> Tensor:
+        whole = weight()
+        matrix = whole.reshape(*self.stack, self.rows, self.columns)
+        matrix = matrix.to(torch.promote_types(matrix.dtype, self.singular_values.dtype))
+        return scale_matrix(matrix, self.basis, self.relative(), self.left).reshape(whole.shape)
+
+    @torch.no_grad()
+    def lora_factors(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
+        """B = U, A = z U^T W (or B = W V z, A = V^T): exact, no SVD; rank = how many directions have moved."""
+        if self.geometry.kind == "weight" or self.stack or self.geometry.transposed:
+            return None
+        z, whole = self.relative(), weight()
+        moved = z.nonzero()[:, 0] if z.any() else torch.zeros(1, dtype=torch.long, device=z.device)
+        rows, z = self.basis.double()[moved], z.double()[moved]
+        matrix = whole.reshape(self.rows, self.columns).double()
+        down, up = (z[:, None] * (rows @ matrix), rows.t()) if self.left else (rows, matrix @ rows.t() * z)
+        return down.float().reshape(-1, *whole.shape[1:]), up.float()
+
+    @classmethod
+    @torch.no_grad()
+    def combine(cls, deltas: list[SvfitDelta], weights: list[float]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """delta = sum_a w_a delta_a in the common basis. Exact."""
+        first, widest = deltas[0], max(deltas, key=lambda delta: delta.r)
+        total = torch.zeros_like(widest.singular_values, dtype=torch.float64)
+        for delta, weight in zip(deltas, weights, strict=True):
+            common = widest.basis[..., : delta.r, :]
+            if delta.basis.dtype != common.dtype or not torch.equal(delta.basis, common):
+                raise ValueError(
+                    "the adapters have different bases (another svd, seed, basis_dtype or base): their sum is no SVFit adapter. "
+                    "Merge them into the model one after the other instead."
+                )
+            total[..., : delta.r] += weight * delta.relative().double() * delta.singular_values.double()
+        z = total * svd.inverse(widest.singular_values.double(), max(first.rows, first.columns))
+        if first.config.nonnegative and bool((z < -1).any()):
+            raise ValueError("the sum has negative singular values, which nonnegative=True does not allow.")
+        tensors = {"shift": z if first.config.scale == "relative" else total}
+        names = cls.frozen if first.config.keeps_basis else cls.frozen[:2]
+        return {"r": widest.r}, {**tensors, **{name: getattr(widest, name) for name in names}}
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _as_under_autocast(x: Tensor) -> Tensor:
+    """In the dtype that the base layer will compute in anyway."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) and x.dtype != torch.float64 else x
+
+
+class SvfitModel(SubspaceModel):
+    """The tuner of SVFit."""
+
+    prefix = "svfit_"
+    delta_cls = SvfitDelta
+    peft_config: dict[str, SvfitConfig]
+
+    def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
+        """Decide "auto" of `save_basis`: it fixes what the file holds, so it must be known before the first tensor is made."""
+        if config.save_basis != "auto":
+            return
+        geometries = {(name, weight): g for name, weights in targets.items() for weight, g in weights.items()}
+        with torch.device("meta"):
+            size = sum(
+                2 * math.prod(self.delta_cls(geometry, config.for_layer(*key)).basis.shape) for key, geometry in geometries.items()
+            )
+        needed = config.svd == "lowrank" or any(geometry.quantized for geometry in geometries.values())
+        config.save_basis = needed or (config.r != "full" and size <= SMALL)
+
+    def keep_basis(self, adapter_name: str = "default", keep: bool = True) -> None:
+        """Decide anew whether saving writes the basis, for an adapter that is loaded.
+
+        Args:
+            adapter_name: the adapter.
+            keep: True makes the file independent of the base's bits (another dtype, a quantised base); False makes it small.
+
+        Raises:
+            ValueError: a low-rank basis, which cannot be made again.
+        """
+        config = self.peft_config[adapter_name]
+        if not keep and config.svd == "lowrank":
+            raise ValueError("svd='lowrank' finds another subspace each time: its basis must be in the file.")
+        for _, layer in self.named_subspace_layers():
+            layer.complete(adapter_name)
+            for delta in layer.deltas(adapter_name).values():
+                delta.register_buffer("basis", delta.basis, persistent=keep)
+                delta.config.save_basis = keep
+                config.basis_dtype = str(delta.basis.dtype).removeprefix("torch.")  # type: ignore[assignment]
+        config.save_basis = keep
+
+
+register(SvfitConfig, SvfitModel)
