@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from huggingface_hub import ModelCard
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .base import SubspaceConfig
@@ -142,19 +143,21 @@ def is_model_id(name: str) -> bool:
 
 
 def _ranks(config: Any) -> str:
-    ranks = f"r = {config.r}" if hasattr(config, "r") else "-"
+    ranks = f"r = {config.r}" if getattr(config, "r", None) is not None else f"energy = {getattr(config, 'energy', '-')}"
     return f"{ranks}, {len(config.rank_pattern)} layers with their own" if config.rank_pattern else ranks
 
 
 def count_parameters(path: str, config: SubspaceConfig) -> int:
     """Number of trained values in an adapter's file, read off its header.
 
-    All but running statistics, and the base's embedding, which PEFT saves along where the vocabulary was changed.
+    All but running statistics, what a method freezes, and the base's embedding, which PEFT saves along where the vocabulary
+    was changed.
     """
+    still = {*STATISTICS, *PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].delta_cls.frozen}
     return sum(
         math.prod(shape)
         for key, shape in check_adapter_file(path).items()
-        if _is_saved_whole(key, config) or (f".{config.method.lower()}_" in key and key.rpartition(".")[2] not in STATISTICS)
+        if _is_saved_whole(key, config) or (f".{config.method.lower()}_" in key and key.rpartition(".")[2] not in still)
     )
 
 

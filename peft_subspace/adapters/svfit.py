@@ -196,6 +196,8 @@ class SvfitDelta(Delta):
         Cost: see `functional.svd.leading_singular`; none if a sibling has as many directions.
         """
         from_file = saved is not None and bool((saved["singular_values"] != 0).any())
+        if from_file and self.config.keeps_basis:
+            return  # the file has it
         peers = [other for other in siblings if self._is_alike(other) and not other.is_incomplete()]
         wanted = self.r if self.config.r is not None or from_file else None
         source = next((other for other in peers if wanted is not None and other.r >= wanted), None)

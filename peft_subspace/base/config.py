@@ -109,6 +109,7 @@ class SubspaceConfig(PeftConfig):
             )
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} is not a probability: it must be at least 0 and less than 1.")
+        self.is_from_file = self.peft_subspace_version is not None  # not a field: the adapter's tensors come from the file too
         if self.peft_subspace_version is None:
             self.peft_subspace_version = _version.__version__
         elif _is_newer(self.peft_subspace_version):

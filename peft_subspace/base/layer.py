@@ -104,6 +104,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = tuple(self.geometries)
         self.merged_adapters = []
         self.quantization_backend = quantization_backend(self.get_base_layer(), **kwargs)
+        self.key = ""  # the layer's name in the model
         self._originals: dict[str, _Original] = {}  # the base's own weights while adapters are merged
         shape = next(iter(self.geometries.values()))[1]
         self.in_features, self.out_features = shape.in_features, shape.out_features
@@ -124,7 +125,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
         For an adapter that comes from a file nothing is computed from the weight: the file brings it, or `complete` does.
         """
-        is_new = not inference_mode and config.awaits_weights is None
+        self.key = key
+        is_new = not (inference_mode or config.is_from_file or config.awaits_weights is not None)
 
         for container, (weight, geometry) in self.geometries.items():
             delta = self.delta_cls(geometry, config.for_layer(key, weight))
@@ -164,7 +166,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             try:
                 delta.prepare(partial(self._canonical_weight, container), self._siblings(container, adapter_name), tensors)
             except ValueError as error:
-                raise ValueError(f"{self.geometries[container][0]} of {self._get_name()}: {error}") from error
+                raise ValueError(f"{self.key}.{self.geometries[container][0]}: {error}") from error
 
     def _siblings(self, container: str, adapter_name: str) -> list[Any]:
         return [delta for name, delta in getattr(self, container).items() if name != adapter_name]

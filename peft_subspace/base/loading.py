@@ -62,7 +62,7 @@ def complete_adapter(model: nn.Module, loaded: dict[str, Tensor], adapter_name: 
         try:
             module.complete(adapter_name, saved)
         except ValueError as error:
-            raise ValueError(f"The adapter {adapter_name!r} does not fit {name}: {error} The model was left as it was.") from error
+            raise ValueError(f"The adapter {adapter_name!r} does not fit: {error} The model was left as it was.") from error
 
 
 def check_saved_modules(model: nn.Module, found: dict[str, tuple[int, ...]], adapter_name: str, method: str) -> None:

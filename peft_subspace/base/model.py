@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
 )
 from peft.utils import get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .batch_norm import BatchNormLayer, wrap_batch_norms
@@ -239,6 +240,13 @@ class SubspaceModel(BaseTuner):
             raise
         config.awaits_weights = None
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Biases that `bias` trains. Those of whole trained modules are saved with their modules."""
+        whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+        found = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        return {key: value for key, value in found.items() if not key.startswith(whole)}
 
     # Combination -----------------------------------------------------------------------------------------------------
 

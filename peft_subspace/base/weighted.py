@@ -22,7 +22,7 @@ def add_weighted_adapter(
     for name, weight in zip(adapters, weights, strict=True):
         by_name[name] = by_name.get(name, 0.0) + weight
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
-    config.awaits_weights = None
+    config.awaits_weights, config.is_from_file = None, False
     config.target_modules, config.target_parameters = set(), None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the targets are named one by one
     for pattern in config.patterns:

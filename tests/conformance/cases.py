@@ -1,6 +1,6 @@
 """What of PEFT's own test-suite our configs are run through; see peft_conformance.py for the format."""
 
-from peft_subspace import FloraConfig
+from peft_subspace import FloraConfig, SvfitConfig
 
 FLORA = {"r": 4}
 # The suite trains with plain SGD at a learning rate of 0.5 on inputs up to 90 and the sum as loss. There the step grows
@@ -10,6 +10,7 @@ CALM = {"scale": 0.2}
 COLD = {"scale": 1e-4}  # this model feeds itself inputs up to 57,600 and is compared at a tolerance of 1e-4
 SMALL = {"r": 2}
 TINY = {"r": 1}  # a layer with a single output has rank 1
+SVFIT = {"r": 4}  # lowered where a layer has fewer singular values
 
 CASES = [
     ("FLoRA MLP 1", "MLP", FloraConfig, {**FLORA, "target_modules": "lin0"}),
@@ -61,20 +62,78 @@ CASES = [
             "target_parameters": ["feed_forward.experts.down_proj", "feed_forward.experts.gate_up_proj"],
         },
     ),
+    ("SVFit MLP 1", "MLP", SvfitConfig, {**SVFIT, "target_modules": "lin0"}),
+    ("SVFit MLP 2", "MLP", SvfitConfig, {**SVFIT, "target_modules": ["lin0"]}),
+    ("SVFit MLP 3", "MLP", SvfitConfig, {**SVFIT, "target_modules": ["lin1"]}),
+    ("SVFit MLP 4", "MLP", SvfitConfig, {**SVFIT, "target_modules": ["lin0", "lin1"]}),
+    ("SVFit MLP 5", "MLP", SvfitConfig, {**SVFIT, "target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("SVFit MLP 6", "MLP", SvfitConfig, {**SVFIT, "target_modules": ["lin0"], "dropout": 0.1}),
+    ("SVFit MLP 7", "MLP", SvfitConfig, {"r": "full", "target_modules": ["lin0"]}),
+    ("SVFit MLP 8", "MLP", SvfitConfig, {"energy": 0.9, "target_modules": ["lin0"], "scale": "relative"}),
+    ("SVFit MLP 9", "MLP", SvfitConfig, {**SVFIT, "save_basis": False, "target_modules": ["lin0"]}),
+    ("SVFit MLP 10", "MLP", SvfitConfig, {**SVFIT, "svd": "lowrank", "target_modules": ["lin0"]}),
+    ("SVFit MLP 11", "MLP", SvfitConfig, {**SVFIT, "svd": "full", "target_modules": ["lin0"]}),
+    ("SVFit Embedding + Conv1D 1", "EmbConv1D", SvfitConfig, {**SVFIT, "target_modules": ["conv1d"]}),
+    ("SVFit Embedding + Conv1D 2", "EmbConv1D", SvfitConfig, {**SVFIT, "target_modules": ["emb"]}),
+    ("SVFit Embedding + Conv1D 3", "EmbConv1D", SvfitConfig, {**SVFIT, "target_modules": ["emb", "conv1d"]}),
+    ("SVFit Conv1d", "Conv1d", SvfitConfig, {**SVFIT, "target_modules": ["conv1d"]}),
+    ("SVFit Conv1d bigger", "Conv1dBigger", SvfitConfig, {**SVFIT, "target_modules": ["conv1d"]}),
+    ("SVFit Conv1d groups", "Conv1dGroups", SvfitConfig, {**SVFIT, "target_modules": ["conv1d"]}),
+    ("SVFit Conv2d 1", "Conv2d", SvfitConfig, {**SVFIT, "target_modules": ["conv2d"]}),
+    ("SVFit Conv2d 2", "Conv2d", SvfitConfig, {**SVFIT, "target_modules": ["conv2d", "lin0"]}),
+    ("SVFit Conv2d 1x1", "Conv2d1x1", SvfitConfig, {**SVFIT, "target_modules": ["conv2d"]}),
+    ("SVFit Conv2d wide", "Conv2d2", SvfitConfig, {**SVFIT, "target_modules": ["conv2d", "lin0"]}),
+    ("SVFit Conv2d groups 1", "Conv2dGroups", SvfitConfig, {**SVFIT, "target_modules": ["conv2d"]}),
+    ("SVFit Conv2d groups 2", "Conv2dGroups2", SvfitConfig, {**SVFIT, "target_modules": ["conv2d"]}),
+    ("SVFit Conv3d 1", "Conv3d", SvfitConfig, {**SVFIT, "target_modules": ["conv3d"]}),
+    ("SVFit Conv3d 2", "Conv3d", SvfitConfig, {**SVFIT, "target_modules": ["conv3d", "lin0"]}),
+    ("SVFit MHA 1", "MHA", SvfitConfig, {**SVFIT, "target_modules": ["mha"]}),
+    ("SVFit MHA 2", "MHA", SvfitConfig, {**SVFIT, "target_modules": ["mha", "lin0"]}),
+    ("SVFit parameters 1", "MlpUsingParameters", SvfitConfig, {**SVFIT, "target_parameters": ["lin0.weight"]}),
+    *(
+        ("SVFit", group, SvfitConfig, {**SVFIT, "target_modules": None, "dropout": 0.05})
+        for group in ("decoder", "seq2seq", "feature", "seq_cls", "token_cls", "qa")
+    ),
+    (
+        "SVFit experts",
+        "target_parameters:trl-internal-testing/tiny-Llama4ForCausalLM",
+        SvfitConfig,
+        {**SVFIT, "target_modules": [], "target_parameters": ["feed_forward.experts.down_proj"]},
+    ),
+    (
+        "SVFit two stacks",
+        "target_parameters:trl-internal-testing/tiny-Llama4ForCausalLM",
+        SvfitConfig,
+        {
+            **SVFIT,
+            "target_modules": ["q_proj", "v_proj"],
+            "target_parameters": ["feed_forward.experts.down_proj", "feed_forward.experts.gate_up_proj"],
+        },
+    ),
 ]
 MIXED_BATCH_CASES = [
+    (
+        "SVFit mixed",
+        SvfitConfig(r=2, target_modules=["lin0"], init_weights=False),
+        SvfitConfig(r=4, target_modules=["lin0"], init_weights=False),
+    ),
     (
         "FLoRA mixed",
         FloraConfig(r=2, target_modules=["lin0"], init_weights=False),
         FloraConfig(r=4, target_modules=["lin0"], init_weights=False),
     ),
 ]
-CAPABILITIES = {FloraConfig: {"conv1d": True, "merge": True}}
+CAPABILITIES = {FloraConfig: {"conv1d": True, "merge": True}, SvfitConfig: {"conv1d": True, "merge": True}}
 SKIP = [
     (
-        r"test_safe_merge\[FLoRA Conv2d groups 2",
+        r"test_safe_merge\[(FLoRA|SVFit) Conv2d groups 2",
         "this model feeds itself inputs up to 57,600, and its outputs of several hundred are compared at a relative 1e-6, "
         "what float32 leaves of a sum (measured 1e-7 to 1e-5, LoHa 1.2e-6); PEFT relaxes it to 1e-3 for its own methods, by "
         "class name. tests/contract compares merged grouped convolutions in float64.",
+    ),
+    (
+        r"TestRequiresGrad::test_loading_model.*SvfitConfig",
+        "the test loads the adapter onto another model with other random weights. A default SVFit adapter has no basis in its file "
+        "and refuses a base that is not its own. tests/adapters/test_svfit.py loads trainable and frozen ones onto the right one.",
     ),
 ]

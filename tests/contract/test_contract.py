@@ -1,4 +1,4 @@
-"""What every method owes to PEFT and to its users, over (method x model x dtype). A new method adds one row to METHODS."""
+"""What every method owes to PEFT and to its users, over (method x model x dtype). A new method adds one row to tests/methods.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from peft_subspace import FloraConfig, SubspaceConfig, SubspaceLayer
+from peft_subspace import SubspaceLayer
 from peft_subspace.base.batch_norm import STATISTICS, BatchNormLayer
+from tests.methods import METHODS, Method
 from tests.pico import LAYERS, MODELS, Pico, loss, output, run, train
 
-
-@dataclass(frozen=True)
-class Method:
-    """One row: two configs of different sizes, and what the shared tests need to know about them."""
-
-    config: type[SubspaceConfig]
-    fields: dict[str, Any]  # of the adapter "default"
-    other: dict[str, Any]  # of a second adapter, unlike the first
-    patterns: dict[str, Any] = field(default_factory=dict)  # a value for every pattern field of the config
-    lora_rank: int = 2  # the LoRA that keeps as many bytes for backward
-
-
-METHODS = {
-    "FLORA": Method(FloraConfig, {"r": 2}, {"r": 3, "scale": 0.5}, {"rank_pattern": 3, "scale_pattern": 0.25}),
-}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`"),  # PEFT, of every tied model
@@ -590,11 +576,13 @@ def test_combine_is_exact(method: Method, name: str) -> None:
     for layer in layers(model).values():
         for container, (_, geometry) in layer.geometries.items():
             deltas = [layer.deltas(adapter)[container] for adapter in ("default", "third")]
+            weight = partial(layer._canonical_weight, container)
             fields, tensors = layer.delta_cls.combine(deltas, [0.7, -1.3])
-            found = layer.delta_cls(geometry, method.config(**fields)).double()
+            found = layer.delta_cls(geometry, method.config(**{**method.fields, **fields})).double()
             assert found.state_dict().keys() == tensors.keys()
-            found.load_state_dict(tensors)
-            assert_near(found.delta_weight(), 0.7 * deltas[0].delta_weight() - 1.3 * deltas[1].delta_weight())
+            found.prepare(weight, deltas)
+            found.load_state_dict({name: tensor.double() for name, tensor in tensors.items()})
+            assert_near(found.delta_weight(weight), 0.7 * deltas[0].delta_weight(weight) - 1.3 * deltas[1].delta_weight(weight))
 
 
 @pytest.mark.parametrize("name", WITHOUT_WHOLE_MODULES)
@@ -835,7 +823,7 @@ BYTES = {
 @pytest.mark.parametrize("name", BYTES)
 @each_dtype
 def test_keeps_no_more_for_backward_than_lora(method: Method, name: str, dtype: torch.dtype) -> None:
-    """Bytes of all storages that autograd keeps, each once, parameters not counted: at most those of LoRA of the same rank.
+    """Bytes of all storages that autograd keeps, each once, those of parameters and buffers not counted: at most those of LoRA of the same rank.
 
     For layers that are called. One that reads its own weight (MultiheadAttention, experts) keeps a dW, like LoRA's there.
     """
@@ -849,7 +837,7 @@ def test_keeps_no_more_for_backward_than_lora(method: Method, name: str, dtype: 
 
 
 def bytes_for_backward(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}  # there anyway
     storages: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:

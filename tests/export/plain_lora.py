@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
     outputs = {}
     for adapter in sorted(folder.iterdir()):
-        pico = (LAYERS | MODELS)[adapter.name]
+        pico = (LAYERS | MODELS)[adapter.name.partition("|")[2]]
         model = PeftModel.from_pretrained(pico.model(), str(adapter)).eval()
         assert model.peft_config["default"].peft_type == "LORA"
         outputs[adapter.name] = run(model, pico.batch()).contiguous()

@@ -13,10 +13,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_subspace import FloraConfig, export, save_as_lora, to_lora
+from peft_subspace import FloraConfig, SvfitConfig, export, save_as_lora, to_lora
 from tests.pico import LAYERS, MODELS, Pico, output, run, train
 
-CASES: dict[str, dict[str, Any]] = {  # pico -> config fields beside its own targets
+FLORA: dict[str, dict[str, Any]] = {  # pico -> config fields beside its own targets
     "linear": {},
     "linear, sequence": {"r": [5, 2]},
     "Conv1D": {},
@@ -42,6 +42,14 @@ CASES: dict[str, dict[str, Any]] = {  # pico -> config fields beside its own tar
     "vit": {},
     "t5": {},
 }
+SVFIT: dict[str, dict[str, Any]] = {  # the same layers, with its own ranks
+    **{name: {k: v for k, v in fields.items() if k in ("modules_to_save", "target_modules")} for name, fields in FLORA.items()},
+    "linear, sequence": {"r": "full"},
+    "conv2d": {"r": "full", "save_basis": False},
+    "mlp": {"rank_pattern": {"first": 5, "second": "full"}, "modules_to_save": ["head"]},
+    "llama": {"rank_pattern": {"q_proj": 5}, "scale": "relative", "svd": "lowrank"},
+}
+CASES = {f"{kind}|{name}": (cls, fields) for kind, cls, table in (("flora", FloraConfig, FLORA), ("svfit", SvfitConfig, SVFIT)) for name, fields in table.items()}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),  # PEFT, of every tied model
@@ -49,10 +57,10 @@ pytestmark = [
 ]
 
 
-def trained(pico: Pico, **fields: Any) -> Any:
+def trained(pico: Pico, config: Any = FloraConfig, **fields: Any) -> Any:
     """A model whose adapter is random and was trained a little, with its BatchNorm statistics and heads."""
     torch.manual_seed(3)
-    model = get_peft_model(pico.model(), FloraConfig(**{"r": 2, "init_weights": False, **pico.targets, **fields}))
+    model = get_peft_model(pico.model(), config(**{"r": 2, "init_weights": False, **pico.targets, **fields}))
     train(model, pico.batch())
     return model
 
@@ -60,9 +68,9 @@ def trained(pico: Pico, **fields: Any) -> Any:
 def test_plain_peft_computes_the_same(tmp_path: Path) -> None:
     """In a process that cannot import this package. One process for all cases: importing PEFT costs seconds."""
     expected: dict[str, Tensor] = {}
-    for name, fields in CASES.items():
-        pico = (LAYERS | MODELS)[name]
-        model = trained(pico, **fields)
+    for name, (config, fields) in CASES.items():
+        pico = (LAYERS | MODELS)[name.partition("|")[2]]
+        model = trained(pico, config, **fields)
         expected[name] = run(model, pico.batch())
         base = run(pico.model(), pico.batch())
         assert float((expected[name] - base).norm() / base.norm()) > 0.01, f"{name}: the adapter does nothing"
@@ -133,6 +141,7 @@ def test_works_on_a_transformers_model_without_a_peft_model() -> None:
     assert len(tensors) == 4
 
 
+@pytest.mark.parametrize("config", [FloraConfig, SvfitConfig])
 @pytest.mark.parametrize(
     ("name", "where", "why"),
     [
@@ -150,8 +159,8 @@ def test_works_on_a_transformers_model_without_a_peft_model() -> None:
         ("conv", "depthwise.weight", "no exact LoRA form"),
     ],
 )
-def test_what_lora_cannot_express_is_refused_by_name(name: str, where: str, why: str, tmp_path: Path) -> None:
-    model = trained((LAYERS | MODELS)[name])
+def test_what_lora_cannot_express_is_refused_by_name(config: Any, name: str, where: str, why: str, tmp_path: Path) -> None:
+    model = trained((LAYERS | MODELS)[name], config)
     with pytest.raises(
         ValueError, match=rf"({where}).*cannot be exported to LoRA.*merge_and_unload.*exclude_modules"
     ) as refused:

@@ -14,8 +14,8 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_subspace import FloraConfig
 from tests.flows.test_trainer import adapted, trainer
+from tests.methods import METHODS
 from tests.pico import MODELS, SAMPLES, output
 
 NAMES = ["llama", "bert", "mha", "moe", "conv"]
@@ -39,10 +39,10 @@ def train(model: Any, rows: slice, name: str, reduce: Any, optimizer: Any, backw
     return losses
 
 
-def compare(accelerator: Accelerator, name: str) -> dict[str, Any]:
+def compare(accelerator: Accelerator, method: str, name: str) -> dict[str, Any]:
     """The same training by two processes on two rows each, and by one on four."""
     torch.manual_seed(accelerator.process_index)  # DDP makes the ranks equal
-    config = FloraConfig(r=2, init_weights=False, **MODELS[name].targets)
+    config = METHODS[method].make(init_weights=False, **MODELS[name].targets)
     model = get_peft_model(MODELS[name].model(), config).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     wrapped, prepared = accelerator.prepare(model, optimizer)
@@ -57,13 +57,18 @@ def compare(accelerator: Accelerator, name: str) -> dict[str, Any]:
     difference = max((a - b).abs().max().item() for a, b in pairs)
     ranks = [accelerator.gather(p.detach().flatten()[None]) for p in model.parameters() if p.requires_grad]
     spread = max((both[0] - both[1]).abs().max().item() for both in ranks)
-    return {"losses": losses, "expected": expected, "difference": difference, "spread": spread}
+    broadcast = [name for name, _ in model.named_buffers() if name not in wrapped.parameters_to_ignore and "_delta" in name]
+    frozen = [accelerator.gather(buffer.flatten()[None]) for name, buffer in model.named_buffers() if "_delta" in name]
+    spread = max([spread, *((both[0] - both[1]).abs().max().item() for both in frozen if both.numel())])
+    return {"losses": losses, "expected": expected, "difference": difference, "spread": spread, "broadcast": broadcast}
 
 
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    report: dict[str, Any] = {"world": accelerator.num_processes, "models": {n: compare(accelerator, n) for n in NAMES}}
+    report: dict[str, Any] = {"world": accelerator.num_processes, "models": {}}
+    for method in METHODS:
+        report["models"] |= {f"{method}, {name}": compare(accelerator, method, name) for name in NAMES}
     for name in TRAINED:
         ran = trainer(name, folder / name, adapted(name, dropout=0.0), per_device_train_batch_size=2, save_steps=6)
         assert ran.args.world_size == 2

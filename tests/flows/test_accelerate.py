@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from peft_subspace import FloraConfig
+from tests.methods import Method, each_method
 from tests.pico import MODELS, loss, output
 
 NAMES = ["llama", "bert", "resnet", "moe"]
@@ -27,8 +27,8 @@ def accelerator() -> Iterator[Accelerator]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def adapted(name: str, **fields: Any) -> PeftModel:
-    return get_peft_model(MODELS[name].model(), FloraConfig(**{"r": 2, **MODELS[name].targets, **fields}))
+def adapted(method: Method, name: str, **fields: Any) -> PeftModel:
+    return get_peft_model(MODELS[name].model(), method.make(**{**MODELS[name].targets, **fields}))
 
 
 def values(model: nn.Module) -> dict[str, Any]:
@@ -50,9 +50,10 @@ def run(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, lo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_state_comes_back_whole(name: str, accelerator: Accelerator, tmp_path: Path) -> None:
+@each_method
+def test_a_state_comes_back_whole(method: Method, name: str, accelerator: Accelerator, tmp_path: Path) -> None:
     """Parameters, BatchNorm statistics, optimizer, scheduler and random numbers (dropout)."""
-    model = adapted(name, dropout=0.0 if name == "moe" else 0.2)  # experts and routers have no dropout
+    model = adapted(method, name, dropout=0.0 if name == "moe" else 0.2)  # experts and routers have no dropout
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=8)
     batches = [MODELS[name].batch(seed=i) for i in range(4)]
@@ -74,28 +75,30 @@ def test_a_state_comes_back_whole(name: str, accelerator: Accelerator, tmp_path:
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
+@each_method
 def test_a_model_that_was_loaded_and_never_used_saves_its_values(
-    name: str, options: dict[str, Any], accelerator: Accelerator, tmp_path: Path
+    method: Method, name: str, options: dict[str, Any], accelerator: Accelerator, tmp_path: Path
 ) -> None:
-    trained = adapted(name, init_weights=False)
+    trained = adapted(method, name, init_weights=False)
     trained.save_pretrained(str(tmp_path / "adapter"))
     model = PeftModel.from_pretrained(MODELS[name].model(), tmp_path / "adapter", **options)
     model = accelerator.prepare(model)
     accelerator.save_state(str(tmp_path / "state"))
     saved = load_file(tmp_path / "state" / "model.safetensors")
     expected = {key: tensor for key, tensor in trained.state_dict().items() if key in saved}
-    assert any("flora_delta" in key for key in expected)
+    assert any(f"{method.config.method.lower()}_delta" in key for key in expected)
     assert set(saved) == set(model.state_dict())
     for key, tensor in expected.items():
         assert torch.equal(saved[key], tensor), key
-    fresh = adapted(name)
+    fresh = adapted(method, name)
     fresh.load_state_dict(saved)
     batch = MODELS[name].batch()
     assert torch.equal(output(fresh.eval(), batch), output(trained.eval(), batch))
 
 
-def test_unwrapped_and_saved(accelerator: Accelerator, tmp_path: Path) -> None:
-    model = adapted("llama", init_weights=False)
+@each_method
+def test_unwrapped_and_saved(method: Method, accelerator: Accelerator, tmp_path: Path) -> None:
+    model = adapted(method, "llama", init_weights=False)
     prepared = accelerator.prepare(model)
     accelerator.unwrap_model(prepared).save_pretrained(str(tmp_path), state_dict=accelerator.get_state_dict(prepared))
     loaded = PeftModel.from_pretrained(MODELS["llama"].model(), tmp_path)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.flows.ddp import NAMES
 from tests.flows.test_trainer import adapted, trainer
+from tests.methods import METHODS
 from tests.processes import REPOSITORY, run_python
 
 
@@ -18,12 +19,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     run_python("-m torch.distributed.run", "--standalone", "--nproc-per-node", 2, REPOSITORY / "tests/flows/ddp.py", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["world"] == 2
-    assert set(report["models"]) == set(NAMES)
+    assert set(report["models"]) == {f"{method}, {name}" for method in METHODS for name in NAMES}
     for name, found in report["models"].items():
         assert found["losses"] == pytest.approx(found["expected"], rel=1e-5), name
         assert found["losses"][-1] < found["losses"][0], name
         assert found["difference"] < 1e-4, name  # Adam divides by small second moments
         assert found["spread"] == 0, name
+        assert not found["broadcast"], f"{name}: frozen tensors are sent around in each forward"
 
     one = trainer("llama", tmp_path / "one", adapted("llama", dropout=0.0), save_steps=6)
     one.train()

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from peft_subspace import FloraConfig, SubspaceLayer, write_model_card
+from peft_subspace import SubspaceLayer, write_model_card
 from peft_subspace.base.batch_norm import BatchNormLayer
+from tests.methods import METHODS, Method, each_method
 from tests.pico import MODELS, VOCABULARY, output, train
 
 # PEFT's, at every second `model.add_adapter`
@@ -23,9 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` at
 NAMES = ["llama", "gpt2", "bert", "resnet", "t5", "moe"]
 
 
-def config_for(name: str, **fields: Any) -> FloraConfig:
+def config_for(name: str, method: Method = METHODS["FLORA"], **fields: Any) -> Any:
     # without a task: for SEQ_CLS, PeftModel expects a head in the file that `model.add_adapter` did not make trainable
-    return FloraConfig(**{"r": 2, "init_weights": False, **MODELS[name].targets, "task_type": None, **fields})
+    return method.make(**{"init_weights": False, **MODELS[name].targets, "task_type": None, **fields})
 
 
 def logits(model: nn.Module, name: str) -> Tensor:
@@ -33,14 +34,15 @@ def logits(model: nn.Module, name: str) -> Tensor:
         return output(model.eval(), MODELS[name].batch())
 
 
+@each_method
 @pytest.mark.parametrize("name", NAMES)
-def test_add_switch_save_and_load(name: str, tmp_path: Path) -> None:
+def test_add_switch_save_and_load(method: Method, name: str, tmp_path: Path) -> None:
     model = MODELS[name].model()
     base = logits(model, name)
-    model.add_adapter(config_for(name), "one")
+    model.add_adapter(config_for(name, method), "one")
     train(model, MODELS[name].batch(), steps=1)
     one = logits(model, name)
-    model.add_adapter(config_for(name, r=3), "two")
+    model.add_adapter(config_for(name, method, r=3), "two")
     two = logits(model, name)
     assert model.active_adapters() == ["two"]
     results = [base, one, two]
@@ -59,7 +61,7 @@ def test_add_switch_save_and_load(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     write_model_card(tmp_path)  # transformers writes the weights last, so it cannot come by itself
-    assert "| Ranks | r = 2 |" in (tmp_path / "README.md").read_text()
+    assert f"| Ranks | r = {method.fields['r']} |" in (tmp_path / "README.md").read_text()
 
     loaded = MODELS[name].model()
     info = loaded.load_adapter(str(tmp_path), adapter_name="again")
@@ -72,13 +74,14 @@ def test_add_switch_save_and_load(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(in_peft, name), one)
 
 
+@each_method
 @pytest.mark.parametrize("name", ["llama", "bert", "moe"])
-def test_delete(name: str) -> None:
+def test_delete(method: Method, name: str) -> None:
     model = MODELS[name].model()
     base = logits(model, name)
-    model.add_adapter(config_for(name), "one")
+    model.add_adapter(config_for(name, method), "one")
     one = logits(model, name)
-    model.add_adapter(config_for(name), "two")
+    model.add_adapter(config_for(name, method), "two")
     model.set_adapter("one")
     model.delete_adapter("two")
     assert torch.equal(logits(model, name), one)
@@ -87,9 +90,10 @@ def test_delete(name: str) -> None:
     assert torch.equal(logits(model, name), base)
 
 
+@each_method
 @pytest.mark.parametrize("name", ["llama", "resnet"])
-def test_an_adapter_of_peft_goes_on_training_in_transformers(name: str, tmp_path: Path) -> None:
-    in_peft = get_peft_model(MODELS[name].model(), config_for(name))
+def test_an_adapter_of_peft_goes_on_training_in_transformers(method: Method, name: str, tmp_path: Path) -> None:
+    in_peft = get_peft_model(MODELS[name].model(), config_for(name, method))
     in_peft.save_pretrained(str(tmp_path))
     model = MODELS[name].model()
     model.load_adapter(str(tmp_path), is_trainable=True)

@@ -17,6 +17,7 @@ from torch import nn
 
 from peft_subspace import FloraConfig, write_model_card
 from peft_subspace.hub import END, START
+from tests.methods import METHODS, Method, each_method
 from tests.pico import MODELS, train
 
 pytestmark = [
@@ -29,11 +30,13 @@ pytestmark = [
 HUB_ID = "acme/tiny-base"
 
 
-def saved(folder: Path, name: str = "bert", base: str | None = HUB_ID, **fields: Any) -> PeftModel:
+def saved(
+    folder: Path, name: str = "bert", base: str | None = HUB_ID, method: Method = METHODS["FLORA"], **fields: Any
+) -> PeftModel:
     model = MODELS[name].model()
     if base is not None:
         model.name_or_path = base
-    model = get_peft_model(model, FloraConfig(**{"r": 2, **MODELS[name].targets, **fields}))
+    model = get_peft_model(model, method.make(**{**MODELS[name].targets, **fields}))
     model.save_pretrained(str(folder))
     return model
 
@@ -66,10 +69,11 @@ def test_what_a_card_says(tmp_path: Path) -> None:
     assert "[More Information Needed]" not in card.text
 
 
+@each_method
 @pytest.mark.parametrize("name", MODELS)
-def test_the_parameter_count_is_right(name: str, tmp_path: Path) -> None:
-    """BatchNorm's running statistics are in the file and are not trained; heads and experts are."""
-    model = saved(tmp_path, name)
+def test_the_parameter_count_is_right(method: Method, name: str, tmp_path: Path) -> None:
+    """BatchNorm's running statistics and frozen bases are in the file and are not trained; heads and experts are."""
+    model = saved(tmp_path, name, method=method)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert table(tmp_path)["Trained parameters"] == f"{trained:,}"
 

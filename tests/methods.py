@@ -1,0 +1,40 @@
+"""The methods that the shared tests run over. A new method adds one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from peft_subspace import FloraConfig, SubspaceConfig, SvfitConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: two configs of different sizes, and what the shared tests need to know about them."""
+
+    config: type[SubspaceConfig]
+    fields: dict[str, Any]  # of the adapter "default"
+    other: dict[str, Any]  # of a second adapter, unlike the first
+    patterns: dict[str, Any] = field(default_factory=dict)  # a value for every pattern field of the config
+    lora_rank: int = 2  # the LoRA of the same rank, which may keep as many bytes for backward
+
+    def make(self, **fields: Any) -> Any:
+        """The config of "default", with other fields."""
+        return self.config(**{**self.fields, **fields})
+
+
+METHODS = {
+    "FLORA": Method(FloraConfig, {"r": 2}, {"r": 3, "scale": 0.5}, {"rank_pattern": 3, "scale_pattern": 0.25}),
+    "SVFIT": Method(SvfitConfig, {"r": 2}, {"r": 3}, {"rank_pattern": 3}),
+    "SVFIT, basis made again on loading": Method(
+        SvfitConfig,
+        {"r": "full", "save_basis": False},
+        {"r": 3, "save_basis": False, "scale": "relative"},
+        {"rank_pattern": 3},
+        lora_rank=16,
+    ),
+}
+
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
