@@ -2,9 +2,9 @@
 
     python benchmarks/portability.py
 
-For every query, value and feed-forward weight: a random update delta_i ~ s_i N(0, 0.1) is loaded onto the weight as it is rounded
-to another format. Shown are the relative change of dW if the basis were simply made again (what PiSSA, PSOFT and others do), the
-change with the basis in the file, and for how many weights the check refuses.
+For every query, value and feed-forward weight: a random update delta_i ~ s_i N(0, 0.1) is loaded onto the weight as it is
+rounded to another format. Shown are the relative change of dW if the basis were simply made again (what PiSSA, PSOFT and others
+do), the change with the basis in the file, and for how many weights the check refuses.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(ROOT), str(ROOT / "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import assets
 import torch
@@ -93,7 +93,7 @@ def main() -> None:
                     "from_file": max(kept), "refused": refused, "weights": len(weights),
                 }
             )  # fmt: skip
-    table = Table("r", "the base, rounded to", "change of dW if the basis is made again: least, median, most", "with the basis", "refused")
+    table = Table("r", "the base, rounded to", "dW changes by: least, median, most", "with the basis in the file", "refused")
     for row in rows:
         low, middle, high = row["made_again"]
         table.add_row(

@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(ROOT), str(ROOT / "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import assets
 import numpy as np
@@ -103,7 +103,9 @@ METHODS = {
     "flora": Method("FLoRA r=8", _with(FloraConfig, r=8), (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "lora": Method("LoRA r=8", _with(peft.LoraConfig, r=8, lora_alpha=16), (2e-3, 4e-3, 8e-3, 1.6e-2)),
     "dora": Method("DoRA r=8", _with(peft.LoraConfig, r=8, lora_alpha=16, use_dora=True), (2e-3, 4e-3, 8e-3, 1.6e-2)),
-    "pissa": Method("PiSSA r=8", _with(peft.LoraConfig, r=8, lora_alpha=8, init_lora_weights="pissa"), (3e-4, 1e-3, 3e-3, 1e-2)),
+    "pissa": Method(
+        "PiSSA r=8", _with(peft.LoraConfig, r=8, lora_alpha=8, init_lora_weights="pissa"), (3e-4, 1e-3, 3e-3, 1e-2)
+    ),
     "vera": Method("VeRA r=256", _with(peft.VeraConfig, r=256), (1e-2, 3e-2, 1e-1, 3e-1)),
     "tinylora": Method("TinyLoRA", _with(peft.TinyLoraConfig), (1e-2, 1e-1, 1.0, 10.0)),
     "lora-xs": Method("LoRA-XS-like r=20", _lora_xs(20), (1e-3, 4e-3, 1.6e-2, 6.4e-2)),
@@ -187,7 +189,9 @@ def train_once(task: str, method: str, rate: float, seed: int, hold_out: bool) -
             schedule.step()
     adapted.eval()
     with torch.no_grad():
-        guesses = torch.cat([adapted(**batch).logits.argmax(-1) for batch in batches(asked, torch.arange(len(asked["labels"])))])
+        guesses = torch.cat(
+            [adapted(**batch).logits.argmax(-1) for batch in batches(asked, torch.arange(len(asked["labels"])))]
+        )
     return {
         "task": task, "method": method, "rate": rate, "seed": seed, "hold_out": hold_out,
         "accuracy": float((guesses == asked["labels"]).float().mean()),
@@ -262,7 +266,11 @@ def show(table: dict[str, Any], console: Console) -> None:
         rates = " / ".join(f"{entry[f'rate_{kind}']:g}" if entry[f"rate_{kind}"] else "-" for kind in TASKS)
         means = [_mean(entry, tasks) for tasks in TASKS.values()]
         view.add_row(
-            entry["label"], f"{entry.get('parameters_text', 0):,}", rates, *cells, *("-" if m is None else f"{m:.1f}" for m in means)
+            entry["label"],
+            f"{entry.get('parameters_text', 0):,}",
+            rates,
+            *cells,
+            *("-" if m is None else f"{m:.1f}" for m in means),
         )
     console.print(view)
 

@@ -132,7 +132,8 @@ PROVIDERS = {
     "flora-official": Provider(_official_flora, "FLoRA with dW built in every forward, as in the official code"),
     **{
         f"svfit-{r}": Provider(
-            _with_peft(lambda q, r=r: SvfitConfig(r=r, target_modules=q.targets)), f"SVFit of this package, r={r}, whatever --r is"
+            _with_peft(lambda q, r=r: SvfitConfig(r=r, target_modules=q.targets)),
+            f"SVFit of this package, r={r}, whatever --r is",
         )
         for r in (16, 64, 256, "full")
     },

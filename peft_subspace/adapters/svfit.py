@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from ..base import Delta, Geometry, SubspaceConfig, SubspaceModel
 from ..base.delta import Weight
 from ..functional import svd
-from ..functional.directions import FORMS, Form, built_linear, choose_form, factored_linear, scale_channels, scale_matrix, scale_rows
+from ..functional.directions import (
+    FORMS,
+    Form,
+    built_linear,
+    choose_form,
+    factored_linear,
+    scale_channels,
+    scale_matrix,
+    scale_rows,
+)
 from ..registration import register
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,8 +47,8 @@ class SvfitConfig(SubspaceConfig):
             is nearly all of them. The ranks go into `rank_pattern`.
         max_r: upper bound with `energy`.
         svd: "gram" (default; float64 eigenvectors of the smaller Gram matrix, the most reproducible and, for wide layers, the
-            cheapest exact way), "full" (LAPACK's SVD in float32), or "lowrank" (randomised, seconds for the widest layers, but a
-            subspace that only the file can give back). Embeddings always take "gram".
+            cheapest exact way), "full" (LAPACK's SVD in float32), or "lowrank" (randomised, seconds for the widest layers, but
+            a subspace that only the file can give back). Embeddings always take "gram".
         svd_niter: power iterations of "lowrank".
         seed: of "lowrank".
         svd_device: where to decompose, such as "cuda" or "cpu"; "auto" is where the weight lies.
@@ -103,9 +112,13 @@ class SvfitConfig(SubspaceConfig):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
         if self.svd == "lowrank" and self.save_basis is False:
-            raise ValueError("svd='lowrank' finds another subspace each time: its basis must be in the file. Leave save_basis on.")
+            raise ValueError(
+                "svd='lowrank' finds another subspace each time: its basis must be in the file. Leave save_basis on."
+            )
         if self.svd == "lowrank" and self.energy is not None:
-            raise ValueError("svd='lowrank' does not see the whole spectrum, so `energy` cannot be told. Use 'gram', or set `r`.")
+            raise ValueError(
+                "svd='lowrank' does not see the whole spectrum, so `energy` cannot be told. Use 'gram', or set `r`."
+            )
 
     @property
     def keeps_basis(self) -> bool:
@@ -120,7 +133,7 @@ def _is_positive(value: Any) -> bool:
 def matrix_shape(geometry: Geometry) -> tuple[tuple[int, ...], int, int]:
     """How a weight is seen as matrices: (stack, rows, columns).
 
-    A convolution is `[out, in * kernel]`, one matrix for each group; a stack of experts one matrix for each; a vector one column.
+    A convolution is `[out, in * kernel]`, one matrix for each group; a stack of experts one for each; a vector one column.
     """
     shape = geometry.shape
     if geometry.kind == "weight":
@@ -133,9 +146,9 @@ def matrix_shape(geometry: Geometry) -> tuple[tuple[int, ...], int, int]:
 class SvfitDelta(Delta):
     """One SVFit adapter on one weight.
 
-    `shift` `[*, r]` is trained: delta, or z = delta / s. Frozen: `singular_values` s `[*, r]`; `probe` `[*, r]`, by which a basis
-    that was made again is recognised; `basis` `[*, r, d]`, the singular vectors of the smaller side as rows. A stack of matrices
-    has its own of each.
+    `shift` `[*, r]` is trained: delta, or z = delta / s. Frozen: `singular_values` s `[*, r]`; `probe` `[*, r]`, by which a
+    basis that was made again is recognised; `basis` `[*, r, d]`, the singular vectors of the smaller side as rows. A stack of
+    matrices has its own of each.
     """
 
     takes_over: ClassVar[bool] = True
@@ -247,9 +260,9 @@ class SvfitDelta(Delta):
             problem = svd.differs(found.values, probe, saved["singular_values"], saved["probe"])
             if problem:
                 raise ValueError(
-                    f"the adapter was trained on a base with other bits: {problem}. Load the base in the dtype, and without the "
-                    f"quantisation, that it was trained with (this weight is {weight.dtype}), or load the adapter there and "
-                    f"save it again with its basis: model.keep_basis()."
+                    f"the adapter was trained on a base with other bits: {problem}. Load the base in the dtype, and without "
+                    f"the quantisation, that it was trained with (this weight is {weight.dtype}), or load the adapter there "
+                    f"and save it again with its basis: `model.keep_basis()`, then `model.save_pretrained(...)`."
                 )
         else:
             self.singular_values, self.probe = found.values.float(), probe.float()
@@ -354,8 +367,8 @@ class SvfitDelta(Delta):
             common = widest.basis[..., : delta.r, :]
             if delta.basis.dtype != common.dtype or not torch.equal(delta.basis, common):
                 raise ValueError(
-                    "the adapters have different bases (another svd, seed, basis_dtype or base): their sum is no SVFit adapter. "
-                    "Merge them into the model one after the other instead."
+                    "the adapters have different bases (another svd, seed, basis_dtype or base): their sum is no SVFit "
+                    "adapter. Merge them into the model one after the other instead."
                 )
             total[..., : delta.r] += weight * delta.relative().double() * delta.singular_values.double()
         z = total * svd.inverse(widest.singular_values.double(), max(first.rows, first.columns))
@@ -390,7 +403,8 @@ class SvfitModel(SubspaceModel):
         geometries = {(name, weight): g for name, weights in targets.items() for weight, g in weights.items()}
         with torch.device("meta"):
             size = sum(
-                2 * math.prod(self.delta_cls(geometry, config.for_layer(*key)).basis.shape) for key, geometry in geometries.items()
+                2 * math.prod(self.delta_cls(geometry, config.for_layer(*key)).basis.shape)
+                for key, geometry in geometries.items()
             )
         needed = config.svd == "lowrank" or any(geometry.quantized for geometry in geometries.values())
         config.save_basis = needed or (config.r != "full" and size <= SMALL)

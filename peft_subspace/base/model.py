@@ -65,13 +65,14 @@ class SubspaceModel(BaseTuner):
             raise
 
     def _record_decisions(self, adapter_name: str) -> None:
-        """Write what the weights decided (ranks by energy) into the config, by exact name. Last: no other layer may match it."""
+        """Write what the weights decided (ranks by energy) into the config, by exact name; last, as no other layer may match."""
         config = self.peft_config[adapter_name]
         for key, layer in self.named_subspace_layers():
             for container, delta in layer.deltas(adapter_name).items():
                 exact = key if len(layer.geometries) == 1 else f"{key}.{layer.geometries[container][0]}"
                 for pattern, name in config.patterns.items():
-                    getattr(config, pattern).update({exact: value for f, value in delta.decided().items() if f == name})
+                    if name in delta.decided():
+                        getattr(config, pattern)[exact] = delta.decided()[name]
 
     @staticmethod
     def _keep_from_ddp(model: nn.Module) -> None:

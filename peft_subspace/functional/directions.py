@@ -41,9 +41,7 @@ def flops(form: str, tokens: int, out: int, in_: int, r: int, train: bool) -> in
     return 2 * forward if form != "built" else 2 * base + 4 * r * out * in_ + thin * (out + in_)
 
 
-def choose_form(
-    tokens: int, out: int, in_: int, r: int, train: bool, may_build: bool = True, may_factor: bool = True
-) -> Form:
+def choose_form(tokens: int, out: int, in_: int, r: int, train: bool, may_build: bool = True, may_factor: bool = True) -> Form:
     """The cheapest form of a linear layer: by flops, and by bytes where flops are near.
 
     One-sided keeps r min(out, in) numbers beside W and `[n, r]` for backward. Built keeps a weight more for backward, so it
@@ -187,9 +185,7 @@ def scale_matrix(weight: Tensor, basis: Tensor, z: Tensor, left: bool) -> Tensor
 
 class _Built(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Tensor, z: Tensor, left: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Tensor, z: Tensor, left: bool) -> Tensor:
         rows = basis.to(x.dtype)
         inner = rows @ weight if left else weight @ rows.t()  # U^T W `[r, in]`, or W V `[out, r]`
         scale = z.to(x.dtype)

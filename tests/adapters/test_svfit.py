@@ -34,7 +34,9 @@ def adapt(name: str, dtype: torch.dtype = torch.float32, **fields: Any) -> tuple
 
 def deltas(model: nn.Module, adapter: str = "default") -> dict[str, SvfitDelta]:
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, SvfitDelta) and name.endswith(f".{adapter}")
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SvfitDelta) and name.endswith(f".{adapter}")
     }
 
 
@@ -573,7 +575,11 @@ def test_gradients_of_a_trained_bias_are_right() -> None:
 
 
 def test_numbers_stay_float32_and_bases_are_narrow_on_a_narrow_base() -> None:
-    for fields, dtype in (({"r": 3}, torch.float16), ({"r": "full"}, torch.bfloat16), ({"r": 3, "basis_dtype": "float32"}, torch.float32)):
+    for fields, dtype in (
+        ({"r": 3}, torch.float16),
+        ({"r": "full"}, torch.bfloat16),
+        ({"r": 3, "basis_dtype": "float32"}, torch.float32),
+    ):
         model, _ = adapt("llama", torch.bfloat16, **fields)
         for delta in deltas(model).values():
             assert {delta.shift.dtype, delta.singular_values.dtype, delta.probe.dtype} == {torch.float32}

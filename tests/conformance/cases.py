@@ -133,7 +133,7 @@ SKIP = [
     ),
     (
         r"TestRequiresGrad::test_loading_model.*SvfitConfig",
-        "the test loads the adapter onto another model with other random weights. A default SVFit adapter has no basis in its file "
-        "and refuses a base that is not its own. tests/adapters/test_svfit.py loads trainable and frozen ones onto the right one.",
+        "the test loads the adapter onto another model with other random weights. A default SVFit adapter has no basis in its "
+        "file and refuses a base that is not its own. tests/adapters/test_svfit.py loads trainable and frozen ones onto it.",
     ),
 ]

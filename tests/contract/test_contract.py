@@ -1,4 +1,4 @@
-"""What every method owes to PEFT and to its users, over (method x model x dtype). A new method adds one row to tests/methods.py."""
+"""What every method owes to PEFT and to its users, over (method x model x dtype). A new method is a row in tests/methods.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from peft_subspace import SubspaceLayer
 from peft_subspace.base.batch_norm import STATISTICS, BatchNormLayer
 from tests.methods import METHODS, Method
 from tests.pico import LAYERS, MODELS, Pico, loss, output, run, train
-
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`"),  # PEFT, of every tied model
@@ -823,7 +822,7 @@ BYTES = {
 @pytest.mark.parametrize("name", BYTES)
 @each_dtype
 def test_keeps_no_more_for_backward_than_lora(method: Method, name: str, dtype: torch.dtype) -> None:
-    """Bytes of all storages that autograd keeps, each once, those of parameters and buffers not counted: at most those of LoRA of the same rank.
+    """Bytes of all storages that autograd keeps, each once, but for parameters and buffers: at most those of LoRA of that rank.
 
     For layers that are called. One that reads its own weight (MultiheadAttention, experts) keeps a dW, like LoRA's there.
     """

@@ -49,7 +49,11 @@ SVFIT: dict[str, dict[str, Any]] = {  # the same layers, with its own ranks
     "mlp": {"rank_pattern": {"first": 5, "second": "full"}, "modules_to_save": ["head"]},
     "llama": {"rank_pattern": {"q_proj": 5}, "scale": "relative", "svd": "lowrank"},
 }
-CASES = {f"{kind}|{name}": (cls, fields) for kind, cls, table in (("flora", FloraConfig, FLORA), ("svfit", SvfitConfig, SVFIT)) for name, fields in table.items()}
+CASES = {
+    f"{kind}|{name}": (cls, fields)
+    for kind, cls, table in (("flora", FloraConfig, FLORA), ("svfit", SvfitConfig, SVFIT))
+    for name, fields in table.items()
+}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),  # PEFT, of every tied model
