@@ -1,4 +1,4 @@
-"""Making, saving, loading and merging an adapter: FLoRA beside PEFT's LoRA, as ratios made in one run.
+"""Making, saving, loading and merging an adapter: our methods beside PEFT's LoRA, as ratios made in one run.
 
     python benchmarks/io.py --rounds 7
     python benchmarks/io.py --quick
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks import measure
 from benchmarks.measure import DTYPES, SHAPES, Spread, Stopwatch, Workload
-from peft_subspace import FloraConfig
+from peft_subspace import FloraConfig, SvfitConfig
 
 T = TypeVar("T")
 OPERATIONS = ("init", "save", "load", "merge")
@@ -45,8 +45,28 @@ def _flora(targets: list[str], r: int) -> peft.PeftConfig:
     return FloraConfig(r=r, target_modules=targets)
 
 
-# A further method is one more row. "lora-again" is the A/A row.
-METHODS: dict[str, ConfigMaker] = {"lora": _lora, "lora-again": _lora, "flora": _flora}
+def _svfit(targets: list[str], r: int) -> peft.PeftConfig:
+    return SvfitConfig(r=r, target_modules=targets)
+
+
+def _svfit_full(targets: list[str], r: int) -> peft.PeftConfig:
+    return SvfitConfig(r="full", target_modules=targets)
+
+
+def _pissa(targets: list[str], r: int) -> peft.PeftConfig:
+    return peft.LoraConfig(r=r, lora_alpha=r, init_lora_weights="pissa", target_modules=targets)
+
+
+# A further method is one more row. "lora-again" is the A/A row. "svfit" has its basis in the file, "svfit-full" makes it again
+# on loading, as PiSSA does.
+METHODS: dict[str, ConfigMaker] = {
+    "lora": _lora,
+    "lora-again": _lora,
+    "flora": _flora,
+    "svfit": _svfit,
+    "svfit-full": _svfit_full,
+    "pissa": _pissa,
+}
 
 
 def measure_once(make_config: ConfigMaker, workload: Workload, r: int) -> tuple[dict[str, Stopwatch], int]:

@@ -6,6 +6,7 @@ from .base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
 from .export import save_as_lora, to_lora
 from .hub import write_model_card
 from .registration import check_peft_version, register
+from .spectrum import WeightSpectrum, draw_spectrum, spectrum_table, weight_spectra
 
 check_peft_version()
 
@@ -21,9 +22,13 @@ __all__ = [
     "SvfitConfig",
     "SvfitDelta",
     "SvfitModel",
+    "WeightSpectrum",
     "__version__",
+    "draw_spectrum",
     "register",
     "save_as_lora",
+    "spectrum_table",
     "to_lora",
+    "weight_spectra",
     "write_model_card",
 ]

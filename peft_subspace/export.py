@@ -91,7 +91,7 @@ def _layer_factors(name: str, layer: SubspaceLayer, adapter_name: str) -> dict[s
     for container, found in layer.lora_factors(adapter_name).items():
         weight, geometry = layer.geometries[container]
         reason = _no_lora(geometry, layer.get_base_layer()) if found is not None else "its update has no exact LoRA form"
-        if reason:
+        if found is None or reason:
             raise ValueError(
                 f"{name}.{weight}: cannot be exported to LoRA: {reason}. Merge the adapter into the model instead "
                 f"(`merge_and_unload`), or train without this layer (exclude_modules)."

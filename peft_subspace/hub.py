@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.peft_types import PeftType
 
 from .base import SubspaceConfig
 from .base.batch_norm import STATISTICS
@@ -153,7 +154,8 @@ def count_parameters(path: str, config: SubspaceConfig) -> int:
     All but running statistics, what a method freezes, and the base's embedding, which PEFT saves along where the vocabulary
     was changed.
     """
-    still = {*STATISTICS, *PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].delta_cls.frozen}
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[config.method]]
+    still = {*STATISTICS, *tuner.delta_cls.frozen}
     return sum(
         math.prod(shape)
         for key, shape in check_adapter_file(path).items()

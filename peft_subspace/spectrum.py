@@ -64,7 +64,12 @@ def weight_spectra(
         if not 0 < energy <= 1:
             raise ValueError(f"energy={energy!r} is a share of the squared norm: it must be in (0, 1].")
     return [
-        WeightSpectrum(name, matrix.shape[-2:], values, {e: rank_for_energy(values, e) or values.shape[-1] for e in energies})
+        WeightSpectrum(
+            name,
+            (matrix.shape[-2], matrix.shape[-1]),
+            values,
+            {e: rank_for_energy(values, e) or values.shape[-1] for e in energies},
+        )
         for name, matrix in _matrices(model, target_modules)
         for values in [spectrum(matrix)]
     ]

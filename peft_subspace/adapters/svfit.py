@@ -137,7 +137,7 @@ def matrix_shape(geometry: Geometry) -> tuple[tuple[int, ...], int, int]:
     """
     shape = geometry.shape
     if geometry.kind == "weight":
-        return (shape[:-2], *shape[-2:]) if len(shape) > 1 else ((), shape[0], 1)
+        return (shape[:-2], shape[-2], shape[-1]) if len(shape) > 1 else ((), shape[0], 1)
     if geometry.groups > 1:
         return (geometry.groups,), shape[0] // geometry.groups, math.prod(shape[1:])
     return (), shape[0], math.prod(shape[1:])

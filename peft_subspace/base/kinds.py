@@ -101,7 +101,7 @@ class OwnWeightLayer(SubspaceLayer):
         weight = getattr(owner, name)
         geometry = self.geometries[container][1]
         with without_autocast(weight):  # composed as `merge` does
-            total = sum(self.dense_update(container, adapter) for adapter in names)
+            total: Any = sum(self.dense_update(container, adapter) for adapter in names)
             return (weight + geometry.native(total)).to(weight.dtype)
 
     def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:

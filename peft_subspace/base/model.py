@@ -65,7 +65,7 @@ class SubspaceModel(BaseTuner):
             raise
 
     def _record_decisions(self, adapter_name: str) -> None:
-        """Write what the weights decided (ranks by energy) into the config, by exact name; last, as no other layer may match."""
+        """Write what the weights decided (ranks by energy) into the config. Last: the names must not match other layers."""
         config = self.peft_config[adapter_name]
         for key, layer in self.named_subspace_layers():
             for container, delta in layer.deltas(adapter_name).items():

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft_subspace import FloraConfig
+from peft_subspace import FloraConfig, SvfitConfig
+from peft_subspace.functional import svd
 
 pytestmark = pytest.mark.filterwarnings("default")  # these libraries warn on import and at every call
 
@@ -46,17 +47,25 @@ KINDS = ["bnb4", "bnb8", "torchao"]
 LOSS = {"bnb4": 0.25, "bnb8": 0.05, "torchao": 0.05}
 
 
+CONFIGS = {
+    "flora": FloraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "svfit": SvfitConfig(r="full", target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
+}
+RATES = {"flora": 2e-2, "svfit": 0.1}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_train_save_load_merge_unmerge(folder, kind, tmp_path):
+@pytest.mark.parametrize("method", CONFIGS)
+def test_train_save_load_merge_unmerge(folder, kind, method, tmp_path):
     base = load(folder, kind)
     ids = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = base(input_ids=ids).logits
-    model = get_peft_model(base, FloraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(base, copy.deepcopy(CONFIGS[method]))
     assert "quantization_backend" in repr(model)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATES[method])
     losses = []
     for _ in range(8):
         loss = model(input_ids=ids, labels=ids).loss
@@ -84,6 +93,19 @@ def test_train_save_load_merge_unmerge(folder, kind, tmp_path):
         assert torch.equal(fresh(input_ids=ids).logits, trained)
         with fresh.disable_adapter():
             assert torch.equal(fresh(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_basis_on_a_quantised_base_goes_into_the_file(folder, kind, tmp_path, monkeypatch):
+    """It could not be made again elsewhere; loading decomposes nothing and reads no packed weight."""
+    model = get_peft_model(load(folder, kind), SvfitConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    assert model.peft_config["default"].save_basis is True
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(svd, "leading_singular", lambda *args: pytest.fail("decomposed on loading"))
+    ids = torch.arange(12)[None]
+    loaded = PeftModel.from_pretrained(load(folder, kind), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 def plain(weight):
