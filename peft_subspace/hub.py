@@ -46,7 +46,7 @@ def update_model_card(directory: str, config: Any) -> None:
     if not isinstance(config, SubspaceConfig) or not os.path.exists(weights):
         return
     path = os.path.join(directory, "README.md")
-    card = ModelCard.load(path) if os.path.exists(path) else ModelCard("---\n---\n\n# Adapter\n")
+    card = ModelCard.load(path) if os.path.exists(path) else ModelCard("---\nlibrary_name: peft\n---\n\n# Adapter\n")
     if START not in card.text and "[More Information Needed]" in card.text:
         # PEFT's empty form: 60 headings without a word under them. What PEFT itself knows comes last and stays.
         known = re.search(r"^(## Training procedure|### Framework versions)\n.*", card.text, re.DOTALL | re.MULTILINE)

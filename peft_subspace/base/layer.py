@@ -341,8 +341,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
-                "bitsandbytes has repacked this 4-bit weight for inference on the CPU and cannot read it back. Merge "
-                "after loading, before the first forward in eval mode, or on a GPU, or load the base unquantised."
+                "bitsandbytes has repacked this 4-bit weight for inference on the CPU and cannot read it back. Merge, or add an "
+                "adapter that reads the weight, right after loading, before the first forward in eval mode; or do it on a GPU, or "
+                "load the base unquantised."
             )
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
