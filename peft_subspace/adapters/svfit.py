@@ -167,6 +167,7 @@ class SvfitDelta(Delta):
         self.register_buffer("counterpart", None, persistent=False)  # U^T W or (W V)^T, for the factored form only
         self._resize(r, kept=r if config.keeps_basis else 0)
         self._is_whole = False
+        self._is_shared = False
         self._has_moved = False
 
     if TYPE_CHECKING:  # a type checker cannot follow buffers
@@ -192,7 +193,9 @@ class SvfitDelta(Delta):
 
     # What depends on the weight ----------------------------------------------------------------------------------------
 
-    def is_incomplete(self) -> bool:
+    def is_incomplete(self, saved: dict[str, Tensor] | None = None) -> bool:
+        if saved is not None:
+            return True  # another file's values need not fit the basis that is here
         if self._is_whole:
             return False
         if self.basis.shape[-2] < self.r:
@@ -210,8 +213,9 @@ class SvfitDelta(Delta):
         """
         from_file = saved is not None and bool((saved["singular_values"] != 0).any())
         if from_file and self.config.keeps_basis:
-            return  # the file has it
-        peers = [other for other in siblings if self._is_alike(other) and not other.is_incomplete()]
+            self.basis = self.basis.clone()  # the file's will be copied into it, and others may look along
+            return
+        peers = [other for other in (self, *siblings) if self._is_alike(other) and not other.is_incomplete()]
         wanted = self.r if self.config.r is not None or from_file else None
         source = next((other for other in peers if wanted is not None and other.r >= wanted), None)
         if source is not None and (not from_file or not self._difference(source, saved)):
@@ -219,8 +223,8 @@ class SvfitDelta(Delta):
         else:
             self._decompose(weight(), from_file, saved)
             for other in peers:  # one basis for all: leading rows of this one, if they are the same bits
-                if other.r <= self.r and torch.equal(other.basis, self.basis[..., : other.r, :]):
-                    other.basis = self.basis[..., : other.r, :]
+                if other is not self and other.r <= self.r and torch.equal(other.basis, self.basis[..., : other.r, :]):
+                    other.basis, other._is_shared, self._is_shared = self.basis[..., : other.r, :], True, True
         if self.config.init_weights is False and not from_file:
             z = 0.5 * torch.randn_like(self.shift)
             self.shift.copy_(z if self.config.scale == "relative" else z * self.singular_values)
@@ -239,6 +243,7 @@ class SvfitDelta(Delta):
         self.singular_values = source.singular_values[..., : self.r].clone()
         self.probe = source.probe[..., : self.r].clone()
         self.basis = source.basis[..., : self.r, :]  # a view: adapters of one weight share their directions
+        self._is_shared = source._is_shared = True
         if source.r == self.r:
             self.counterpart = source.counterpart
 
@@ -283,6 +288,11 @@ class SvfitDelta(Delta):
         plain = geometry.kind == "linear" and not geometry.quantized and not geometry.reads_own_weight
         wide = {weight.dtype, self.basis.dtype} == {torch.float32}
         return plain and wide and self.config.form in ("auto", "factored") and self.r == min(self.rows, self.columns) >= 64
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_shared and not keep_vars and f"{prefix}basis" in destination:  # files know no views of one storage
+            destination[f"{prefix}basis"] = destination[f"{prefix}basis"].clone(memory_format=torch.contiguous_format)
 
     def decided(self) -> dict[str, Any]:
         return {"r": self.r} if self.config.r is None else {}

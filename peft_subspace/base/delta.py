@@ -59,8 +59,11 @@ class Delta(nn.Module):
             ValueError: it is not the weight that the adapter was made for; says what differs and the way out.
         """
 
-    def is_incomplete(self) -> bool:
-        """Whether something that depends on the weight is not there yet. Asked before every use; then `prepare` is called."""
+    def is_incomplete(self, saved: dict[str, Tensor] | None = None) -> bool:
+        """Whether something that depends on the weight is not there, or not known to fit; then `prepare` is called.
+
+        Asked before every use, and with the tensors of a file (`saved`) before they are loaded.
+        """
         return False
 
     def decided(self) -> dict[str, Any]:

@@ -150,19 +150,20 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 target.copy_(tensors[container][name])
 
     def complete(self, adapter_name: str, saved: dict[str, dict[str, Tensor]] | None = None) -> None:
-        """Make what a file left out of an adapter, from the weight. A meta weight is waited for.
+        """Make what a file leaves out of an adapter, from the weight. A meta weight is waited for.
 
         Args:
             adapter_name: the adapter.
-            saved: container -> the tensors of the file, if they are not in the adapter yet.
+            saved: container -> the tensors of a file that are about to be loaded.
 
         Raises:
             ValueError: the weight is not the one that the adapter was made for.
         """
         for container, delta in self.deltas(adapter_name).items():
-            if not delta.is_incomplete() or self._weight_device(container).type == "meta":
+            tensors = None if saved is None else saved[container]
+            if not delta.is_incomplete(tensors) or self._weight_device(container).type == "meta":
                 continue
-            tensors = dict(delta.state_dict()) if saved is None else saved[container]
+            tensors = dict(delta.state_dict()) if tensors is None else tensors
             try:
                 delta.prepare(partial(self._canonical_weight, container), self._siblings(container, adapter_name), tensors)
             except ValueError as error:

@@ -313,6 +313,60 @@ def test_adapters_of_one_weight_share_its_basis(name: str, first: int, second: i
     assert torch.equal(run(model, batch), alone)
 
 
+def test_a_file_for_an_adapter_that_is_there_changes_no_other(tmp_path: Path) -> None:
+    """Both look along one basis; the file has another."""
+    other_base, _ = adapt("llama", r=3)
+    for delta in deltas(other_base).values():
+        delta.basis = -delta.basis
+    other_base.save_pretrained(str(tmp_path))
+    model, batch = adapt("llama", r=3)
+    model.add_adapter("second", SvfitConfig(r=3, init_weights=False, **MODELS["llama"].targets))
+    model.set_adapter("second")
+    before = run(model, batch)
+    model.load_adapter(str(tmp_path), "default")
+    assert torch.equal(run(model, batch), before)
+    model.set_adapter("default")
+    assert torch.equal(run(model, batch), run(other_base, batch))
+
+
+def test_a_file_of_another_base_is_not_loaded_into_an_adapter_that_is_there(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    fields = {"r": 3, "save_basis": False, "init_weights": False, **MODELS["llama"].targets}
+    elsewhere = get_peft_model(MODELS["llama"].model(seed=8), SvfitConfig(**fields))
+    elsewhere.save_pretrained(str(tmp_path))
+    model, batch = adapt("llama", r=3, save_basis=False)
+    before = run(model, batch)
+    with pytest.raises(ValueError, match="other bits"):
+        model.load_adapter(str(tmp_path), "default")
+    assert torch.equal(run(model, batch), before)
+
+
+@pytest.mark.parametrize("ranks", [(4, 2), (3, 3), (2, 4)])
+def test_accelerate_saves_the_state_of_adapters_that_share(ranks: tuple[int, int], tmp_path: Path) -> None:
+    """A safetensors file knows no two views of one storage."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    for name in ("llama", "moe"):
+        models = []
+        for _ in range(2):
+            model, batch = adapt(name, r=ranks[0])
+            model.add_adapter("second", SvfitConfig(r=ranks[1], init_weights=False, **MODELS[name].targets))
+            models.append(accelerator.prepare(model))
+            accelerator._models.clear()
+        first, second = models
+        train(first, batch)
+        accelerator._models.append(first)
+        accelerator.save_state(str(tmp_path / name))
+        accelerator._models[:] = [second]
+        accelerator.load_state(str(tmp_path / name))
+        accelerator._models.clear()
+        for adapter in ("default", "second"):
+            first.set_adapter(adapter)
+            second.set_adapter(adapter)
+            assert torch.equal(run(second, batch), run(first, batch))
+
+
 def test_adapters_of_different_kinds_do_not_share() -> None:
     model, _ = adapt("mlp", r=3)
     model.add_adapter("other", SvfitConfig(r=3, svd="lowrank", seed=5, **MODELS["mlp"].targets))
