@@ -2,8 +2,8 @@
 
     accelerate launch examples/many_adapters.py --epochs 2
 
-Each adapter is trained on a task of its own with its own head, through accelerate. Then one batch holds rows of both tasks, each row
-with its own adapter, and an adapter is loaded back and exported to plain LoRA.
+Each adapter is trained on a task of its own with its own head, through accelerate. Then one batch holds rows of both tasks, each
+row with its own adapter, and an adapter is loaded back and exported to plain LoRA.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import assets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from datasets import Value, interleave_datasets
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -94,18 +95,16 @@ def main() -> None:
         else:
             model.add_adapter(task, config)
             model.set_adapter(task)
-        train(model, data[task]["train"].shuffle(seed=0).select(range(options.train_rows)), tokenizer, options.epochs, accelerator)
+        rows = data[task]["train"].shuffle(seed=0).select(range(options.train_rows))
+        train(model, rows, tokenizer, options.epochs, accelerator)
         print(f"{task}: {accuracy(model, tests[task], tokenizer):.3f} of {options.test_rows} right")
 
     deltas = [module for module in model.modules() if isinstance(module, SvfitDelta)]
     bases = {delta.basis.untyped_storage().data_ptr() for delta in deltas}
     print(f"{len(deltas)} updates of {len(TASKS)} adapters share {len(bases)} bases in memory")
 
-    mixed = {key: [row for pair in zip(*(tests[t][key] for t in TASKS), strict=True) for row in pair] for key in ("text", "label")}
-    names = TASKS * options.test_rows
-    from datasets import Dataset
-
-    print(f"both tasks in every batch: {accuracy(model, Dataset.from_dict(mixed), tokenizer, names):.3f} right")
+    mixed = interleave_datasets([tests[task].cast_column("label", Value("int64")) for task in TASKS])
+    print(f"both tasks in every batch: {accuracy(model, mixed, tokenizer, TASKS * options.test_rows):.3f} right")
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.output or Path(scratch)

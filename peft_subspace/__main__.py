@@ -31,7 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def show_spectrum(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Print the table of a model's spectra, and draw them if asked."""
-    from rich.console import Console
+    try:
+        import matplotlib  # noqa: F401  # before minutes of work
+        from rich.console import Console
+    except ImportError as error:
+        parser.exit(2, f"{error}. Install what draws: pip install 'peft-subspace[examples]'\n")
     from transformers import AutoModel
 
     from .spectrum import draw_spectrum, spectrum_table, weight_spectra

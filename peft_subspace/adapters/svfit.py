@@ -157,8 +157,9 @@ class SvfitDelta(Delta):
     def __init__(self, geometry: Geometry, config: Any) -> None:
         super().__init__(geometry, config)
         self.stack, self.rows, self.columns = matrix_shape(geometry)
-        # A convolution and an embedding can be scaled at their output only; else the smaller side is the cheaper one.
-        self.left = geometry.kind in ("conv", "embedding") or self.rows <= self.columns
+        # Convolutions with a kernel, and embeddings, can be scaled at their output only; else the smaller side is cheaper.
+        mixes_space = geometry.kind == "conv" and not (geometry.pointwise and geometry.groups == 1)
+        self.left = mixes_space or geometry.kind == "embedding" or self.rows <= self.columns
         self.config = config
         self.method = "gram" if geometry.kind == "embedding" else config.svd
         limit = min(self.rows, self.columns)
@@ -166,9 +167,11 @@ class SvfitDelta(Delta):
         self.register_buffer("basis", None, persistent=config.keeps_basis)
         self.register_buffer("counterpart", None, persistent=False)  # U^T W or (W V)^T, for the factored form only
         self._resize(r, kept=r if config.keeps_basis else 0)
-        self._is_whole = False
+        self._is_whole = False  # the basis is there and is known to fit
+        self._is_foreign = False  # it came from a file: perhaps from another base
         self._is_shared = False
         self._has_moved = False
+        self._counterpart_of: tuple[int, int] | None = None  # address and version of the weight that it was made from
 
     if TYPE_CHECKING:  # a type checker cannot follow buffers
         basis: Tensor
@@ -181,10 +184,8 @@ class SvfitDelta(Delta):
         self.register_buffer("singular_values", torch.zeros(*self.stack, r))
         self.register_buffer("probe", torch.zeros(*self.stack, r))
         width = self.rows if self.left else self.columns
-        self.basis = torch.zeros(*self.stack, kept, width, dtype=DTYPES.get(self.config.basis_dtype, self._file_dtype()))
-
-    def _file_dtype(self) -> torch.dtype:
-        return torch.float16 if self.config.keeps_basis else torch.float32
+        file_dtype = torch.float16 if self.config.keeps_basis else torch.float32
+        self.basis = torch.zeros(*self.stack, kept, width, dtype=DTYPES.get(self.config.basis_dtype, file_dtype))
 
     @property
     def r(self) -> int:
@@ -194,72 +195,81 @@ class SvfitDelta(Delta):
     # What depends on the weight ----------------------------------------------------------------------------------------
 
     def is_incomplete(self, saved: dict[str, Tensor] | None = None) -> bool:
-        if saved is not None:
-            return True  # another file's values need not fit the basis that is here
-        if self._is_whole:
-            return False
-        if self.basis.shape[-2] < self.r:
-            return True
         if torch.compiler.is_compiling():
-            return False
-        self._is_whole = bool((self.singular_values != 0).any())  # they are in every file
-        return not self._is_whole
+            return self.basis.shape[-2] < self.r
+        return saved is not None or not self._is_whole
 
-    @torch.no_grad()
     def prepare(self, weight: Weight, siblings: Sequence[Any], saved: dict[str, Tensor] | None = None) -> None:
         """Decompose the weight, or look along with an adapter that has done so; check it against a file's values.
 
-        Cost: see `functional.svd.leading_singular`; none if a sibling has as many directions.
+        Cost: see `functional.svd.leading_singular`; none if a sibling has as many directions, or the file has the basis.
         """
+        config = self.config
         from_file = saved is not None and bool((saved["singular_values"] != 0).any())
-        if from_file and self.config.keeps_basis:
-            self.basis = self.basis.clone()  # the file's will be copied into it, and others may look along
+        if from_file and config.keeps_basis:
+            self._is_foreign = True
+            self._share_equal(siblings)
+            self._is_whole = True
             return
-        peers = [other for other in (self, *siblings) if self._is_alike(other) and not other.is_incomplete()]
-        wanted = self.r if self.config.r is not None or from_file else None
-        source = next((other for other in peers if wanted is not None and other.r >= wanted), None)
-        if source is not None and (not from_file or not self._difference(source, saved)):
-            self._look_along(source)
+        alike = [other for other in siblings if self._is_alike(other) and not other._is_foreign and other._is_filled()]
+        if from_file:
+            mine = [self] if self._is_filled() else []
+            source = next((other for other in (*mine, *alike) if other.r >= self.r and self._fits(other, saved)), None)
         else:
-            self._decompose(weight(), from_file, saved)
-            for other in peers:  # one basis for all: leading rows of this one, if they are the same bits
-                if other is not self and other.r <= self.r and torch.equal(other.basis, self.basis[..., : other.r, :]):
-                    other.basis, other._is_shared, self._is_shared = self.basis[..., : other.r, :], True, True
-        if self.config.init_weights is False and not from_file:
+            alike = [other for other in alike if other._is_whole]
+            known = config.r is not None or saved is not None  # ranks by energy are decided when an adapter is made, not later
+            source = next((other for other in alike if known and other.r >= self.r), None)
+        if source is None:
+            self._decompose(weight(), from_file, saved, decide=saved is None)
+            self._share_equal(alike)
+        elif source is not self:
+            self._look_along(source, from_file)
+        if config.init_weights is False and not from_file:
             z = 0.5 * torch.randn_like(self.shift)
-            self.shift.copy_(z if self.config.scale == "relative" else z * self.singular_values)
+            self.shift.data.copy_(z if config.scale == "relative" else z * self.singular_values)
         self._is_whole = True
+
+    def _is_filled(self) -> bool:
+        return self.basis.shape[-2] == self.r and bool((self.basis != 0).any())
 
     def _is_alike(self, other: Any) -> bool:
         mine, theirs = self.config, other.config
         names = ["basis_dtype", "keeps_basis", *(("svd_niter", "seed") if self.method == "lowrank" else ())]
         return self.method == other.method and all(getattr(mine, name) == getattr(theirs, name) for name in names)
 
-    def _difference(self, source: SvfitDelta, saved: Any) -> str | None:
-        values, probe = source.singular_values[..., : self.r], source.probe[..., : self.r]
-        return svd.differs(values, probe, saved["singular_values"], saved["probe"])
+    def _fits(self, source: SvfitDelta, saved: Any) -> bool:
+        values, basis = source.singular_values[..., : self.r], source.basis[..., : self.r, :]
+        return svd.differs(values, svd.probe(basis), saved["singular_values"], saved["probe"], basis.dtype) is None
 
-    def _look_along(self, source: SvfitDelta) -> None:
-        self.singular_values = source.singular_values[..., : self.r].clone()
-        self.probe = source.probe[..., : self.r].clone()
+    def _share_equal(self, siblings: Sequence[Any]) -> None:
+        """One basis for all adapters of a weight: the leading rows of the largest, where they are the same bits."""
+        for other in siblings:
+            small, large = sorted((self, other), key=lambda delta: delta.basis.shape[-2])
+            rows = large.basis[..., : small.basis.shape[-2], :]
+            if rows.numel() and small.basis.dtype == rows.dtype and torch.equal(small.basis, rows):
+                small.basis, small._is_shared, large._is_shared = rows, True, True
+
+    def _look_along(self, source: SvfitDelta, from_file: bool) -> None:
+        if not from_file:
+            self.singular_values = source.singular_values[..., : self.r].clone()
+            self.probe = source.probe[..., : self.r].clone()
         self.basis = source.basis[..., : self.r, :]  # a view: adapters of one weight share their directions
         self._is_shared = source._is_shared = True
-        if source.r == self.r:
-            self.counterpart = source.counterpart
 
-    def _decompose(self, weight: Tensor, from_file: bool, saved: Any) -> None:
+    def _decompose(self, weight: Tensor, from_file: bool, saved: Any, decide: bool) -> None:
         config = self.config
         matrix = weight.reshape(*self.stack, self.rows, self.columns)
         side: svd.Side = "left" if self.left else "right"
         options = (side, self.method, config.svd_niter, config.seed, config.svd_device)
         found = svd.leading_singular(matrix, self.r, *options)  # type: ignore[arg-type]
-        if config.r is None and not from_file:
+        if config.r is None and decide:
             total = float(matrix.double().square().sum())
             r = svd.rank_for_energy(found.values, config.energy, total) or self.r  # None: `max_r` holds less
             found = svd.Singular(found.values[..., :r], found.basis[..., :r, :].clone())
             if r != self.r:
+                device = self.shift.device
                 self._resize(r, kept=0)
-                self.shift.data = self.shift.data.to(weight.device)
+                self.shift.data = self.shift.data.to(device)
         probe = svd.probe(found.basis)
         if from_file:
             problem = svd.differs(found.values, probe, saved["singular_values"], saved["probe"])
@@ -267,43 +277,48 @@ class SvfitDelta(Delta):
                 raise ValueError(
                     f"the adapter was trained on a base with other bits: {problem}. Load the base in the dtype, and without "
                     f"the quantisation, that it was trained with (this weight is {weight.dtype}), or load the adapter there "
-                    f"and save it again with its basis: `model.keep_basis()`, then `model.save_pretrained(...)`."
+                    f"through PeftModel and save it with its basis: `model.keep_basis()`, then `model.save_pretrained(...)`."
                 )
         else:
             self.singular_values, self.probe = found.values.float(), probe.float()
-        self.basis = found.basis.to(self._basis_dtype(weight))
-        if self._may_factor(weight):
-            rows = self.basis @ weight if self.left else self.basis @ weight.t()
-            self.counterpart = rows
+        narrow = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        automatic = torch.float16 if config.keeps_basis else narrow
+        self.basis = found.basis.to(DTYPES.get(config.basis_dtype, automatic))
 
-    def _basis_dtype(self, weight: Tensor) -> torch.dtype:
-        if self.config.basis_dtype != "auto":
-            return DTYPES[self.config.basis_dtype]
-        narrow = weight.dtype in (torch.float16, torch.bfloat16)
-        return torch.float16 if self.config.keeps_basis else weight.dtype if narrow else torch.float32
+    def decided(self) -> dict[str, Any]:
+        return {"r": self.r} if self.config.r is None else {}
 
-    def _may_factor(self, weight: Tensor) -> bool:
-        """A full basis in float32 is worth a second one: the weight itself is then not multiplied with."""
-        geometry = self.geometry
-        plain = geometry.kind == "linear" and not geometry.quantized and not geometry.reads_own_weight
-        wide = {weight.dtype, self.basis.dtype} == {torch.float32}
-        return plain and wide and self.config.form in ("auto", "factored") and self.r == min(self.rows, self.columns) >= 64
+    # How it is kept ------------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Values that arrive may belong to another base, which may arrive with them: look again at the next use."""
+        self._is_whole, self._has_moved, self.counterpart = False, False, None
+        if f"{prefix}basis" in state_dict and self._is_shared:
+            self.basis, self._is_shared = self.basis.clone(), False  # values are copied in place, and others look along
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._is_shared and not keep_vars and f"{prefix}basis" in destination:  # files know no views of one storage
             destination[f"{prefix}basis"] = destination[f"{prefix}basis"].clone(memory_format=torch.contiguous_format)
 
-    def decided(self) -> dict[str, Any]:
-        return {"r": self.r} if self.config.r is None else {}
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Casts of a model leave s and the probe in float32: by them a base is recognised."""
+        kept = {name: getattr(self, name) for name in ("singular_values", "probe")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype in (torch.float16, torch.bfloat16) and not before.is_meta:
+                setattr(self, name, before.to(after.device))
+        return self
 
     # The update --------------------------------------------------------------------------------------------------------
 
     def relative(self) -> Tensor:
         """z = delta / s `[*, r]`; 0 for a direction that the weight does not have."""
-        z: Tensor = self.shift
+        z = self.shift.to(torch.promote_types(self.shift.dtype, torch.float32))
         if self.config.scale == "additive":
-            z = z * svd.inverse(self.singular_values, max(self.rows, self.columns)).to(z.dtype)
+            z = z * svd.inverse(self.singular_values, max(self.rows, self.columns))
         return z.clamp(min=-1) if self.config.nonnegative else z
 
     def call(self, base_layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -314,45 +329,61 @@ class SvfitDelta(Delta):
         """
         geometry, z = self.geometry, self.relative()
         dropout = self.dropout if self.training else 0.0
-        bias = getattr(base_layer, "bias", None)
+        bias = _bias(base_layer) if self.left else getattr(base_layer, "bias", None)
         if geometry.kind == "linear":
             form = self._form(base_layer, x, dropout)
             if form == "factored":
-                assert self.counterpart is not None
-                down, up = (self.counterpart, self.basis) if self.left else (self.basis, self.counterpart)
+                counterpart = self._counterpart(geometry.canonical(base_layer.weight), base_layer.weight._version)
+                down, up = (counterpart, self.basis) if self.left else (self.basis, counterpart)
                 return factored_linear(x, bias, down, up, z, dropout)
             if form == "built":
                 return built_linear(x, geometry.canonical(base_layer.weight), bias, self.basis, z, self.left)
-        if not self.left:
-            return base_layer(scale_rows(_as_under_autocast(x), self.basis, z, None, dropout), *args, **kwargs)
-        y = base_layer(x, *args, **kwargs)
         if geometry.kind != "conv":
-            return scale_rows(y, self.basis, z, bias, dropout)
-        channels = y if y.ndim == len(geometry.kernel) + 2 else y[None]  # one sample without a batch axis
+            if self.left:
+                return scale_rows(base_layer(x, *args, **kwargs), self.basis, z, bias, dropout)
+            return base_layer(scale_rows(_as_under_autocast(x), self.basis, z, None, dropout), *args, **kwargs)
+        if x.ndim == len(geometry.kernel) + 1:  # one sample without a batch axis
+            return self.call(base_layer, x[None], *args, **kwargs)[0]
         stack = (self.basis, z) if self.stack else (self.basis[None], z[None])
-        return scale_channels(channels, *stack, bias, dropout).view(y.shape)
+        if self.left:
+            return scale_channels(base_layer(x, *args, **kwargs), *stack, bias, dropout)
+        return base_layer(scale_channels(_as_under_autocast(x), *stack, None, dropout), *args, **kwargs)
 
     def _form(self, base_layer: Any, x: Tensor, dropout: float) -> Form:
-        config, tokens = self.config, x.numel() // max(1, x.shape[-1])
-        plain = not self.geometry.quantized and x.dtype == getattr(base_layer.weight, "dtype", None) and not _autocasts(x)
-        may_build = plain and not dropout
-        may_factor = plain and self.counterpart is not None and self.counterpart.dtype == x.dtype and self._moved()
+        config, weight, tokens = self.config, base_layer.weight, x.numel() // max(1, x.shape[-1])
+        plain = (
+            not (self.geometry.quantized or _autocasts(x) or weight.is_meta or weight.requires_grad) and x.dtype == weight.dtype
+        )
+        possible = {"one-sided": True, "built": plain and not dropout, "factored": plain and self._may_factor(x)}
+        if config.form != "auto":
+            return config.form if possible[config.form] else "one-sided"
         train = torch.is_grad_enabled() and self.shift.requires_grad
-        if config.form == "auto":
-            return choose_form(tokens, self.rows, self.columns, self.r, train, may_build, may_factor)
-        possible = {"built": may_build, "factored": may_factor}
-        return config.form if possible.get(config.form, True) else "one-sided"
+        return choose_form(tokens, self.rows, self.columns, self.r, train, possible["built"], possible["factored"])
 
-    def _moved(self) -> bool:
-        """Whether the adapter has left its start, where the output must be the base's to the bit and the factors' is not."""
-        if not self._has_moved and not torch.compiler.is_compiling():
+    def _may_factor(self, x: Tensor) -> bool:
+        """A full basis, in float32: in a narrower dtype the factors would not be the weight. Not before the adapter has moved:
+        its start must be the base to the bit. Not in a compiled graph, which cannot ask whether it has.
+        """
+        full = self.r == min(self.rows, self.columns) >= 64 or self.config.form == "factored"
+        if torch.compiler.is_compiling() or not full or {x.dtype, self.basis.dtype} != {torch.float32}:
+            return False
+        if not self._has_moved:
             self._has_moved = bool(self.shift.detach().any())
-        return self._has_moved or torch.compiler.is_compiling()
+        return self._has_moved and self.r == min(self.rows, self.columns)
+
+    @torch.no_grad()
+    def _counterpart(self, weight: Tensor, version: int) -> Tensor:
+        """U^T W `[k, in]`, or (W V)^T `[k, out]`; made again when the weight was written to (which `.data` hides)."""
+        made_of = (weight.data_ptr(), version)
+        if self.counterpart is None or self._counterpart_of != made_of:
+            self.counterpart = self.basis @ (weight if self.left else weight.t())
+            self._counterpart_of = made_of
+        return self.counterpart
 
     def delta_weight(self, weight: Weight) -> Tensor:
         whole = weight()
         matrix = whole.reshape(*self.stack, self.rows, self.columns)
-        matrix = matrix.to(torch.promote_types(matrix.dtype, self.singular_values.dtype))
+        matrix = matrix.to(torch.promote_types(torch.promote_types(matrix.dtype, self.shift.dtype), torch.float32))
         return scale_matrix(matrix, self.basis, self.relative(), self.left).reshape(whole.shape)
 
     @torch.no_grad()
@@ -387,6 +418,15 @@ class SvfitDelta(Delta):
         tensors = {"shift": z if first.config.scale == "relative" else total}
         names = cls.frozen if first.config.keeps_basis else cls.frozen[:2]
         return {"r": widest.r}, {**tensors, **{name: getattr(widest, name) for name in names}}
+
+
+def _bias(layer: Any) -> Tensor | None:
+    """The bias of a layer, fetched from where accelerate keeps it if the layer is offloaded."""
+    bias = getattr(layer, "bias", None)
+    if bias is None or not bias.is_meta:
+        return bias
+    hook = getattr(layer, "_hf_hook", None)
+    return hook.weights_map["bias"].to(hook.execution_device)
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -432,12 +472,17 @@ class SvfitModel(SubspaceModel):
         config = self.peft_config[adapter_name]
         if not keep and config.svd == "lowrank":
             raise ValueError("svd='lowrank' finds another subspace each time: its basis must be in the file.")
-        for _, layer in self.named_subspace_layers():
+        layers = [layer for _, layer in self.named_subspace_layers() if layer.has_adapter(adapter_name)]
+        for layer in layers:
             layer.complete(adapter_name)
-            for delta in layer.deltas(adapter_name).values():
-                delta.register_buffer("basis", delta.basis, persistent=keep)
-                delta.config.save_basis = keep
-                config.basis_dtype = str(delta.basis.dtype).removeprefix("torch.")  # type: ignore[assignment]
+        deltas = [delta for layer in layers for delta in layer.deltas(adapter_name).values()]
+        dtypes = {delta.basis.dtype for delta in deltas}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # one for the file, and no layer may lose bits
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+        for delta in deltas:
+            delta.register_buffer("basis", delta.basis.to(dtype), persistent=keep)
+            delta.config.save_basis = keep
+        config.basis_dtype = str(dtype).removeprefix("torch.")
         config.save_basis = keep
 
 

@@ -48,10 +48,10 @@ class CalledLayer(SubspaceLayer):
                 f"{names} are active on one {self._get_name()} and more than one of them stands in for the base layer. "
                 f"Activate one at a time with `set_adapter`."
             )
-        out = deltas[0].call(self.base_layer, x, *args, **kwargs)
         container, (_, geometry) = next(iter(self.geometries.items()))
         if len(names) > 1 and geometry.kernel and x.ndim == len(geometry.kernel) + 1:  # see `_add`
             return self._taken_over(names, deltas, x[None], *args, **kwargs)[0]
+        out = deltas[0].call(self.base_layer, x, *args, **kwargs)
         for name in names[1:]:
             dense = self.dense_update(container, name).to(out.dtype)
             with without_autocast(out):

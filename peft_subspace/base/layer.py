@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..functional.low_rank import without_autocast
 from .config import SubspaceConfig
 from .delta import Delta
 from .geometry import Geometry, describe, quantization_backend
@@ -139,18 +140,17 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             self._move_adapter_to_device_of_base_layer(adapter_name)
             reads_weight = self.delta_cls.prepare is not Delta.prepare  # else a quantised weight is not even dequantised
             if reads_weight and is_new and self._weight_device(container).type != "meta":
-                delta.prepare(partial(self._canonical_weight, container), self._siblings(container, adapter_name))
+                self._prepare(container, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
     def load_tensors(self, adapter_name: str, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Copy tensors into an adapter: container -> tensor name -> values."""
         for container, delta in self.deltas(adapter_name).items():
-            for name, target in delta.state_dict(keep_vars=True).items():
-                target.copy_(tensors[container][name])
+            delta.load_state_dict(tensors[container])
 
     def complete(self, adapter_name: str, saved: dict[str, dict[str, Tensor]] | None = None) -> None:
-        """Make what a file leaves out of an adapter, from the weight. A meta weight is waited for.
+        """Make what a file leaves out of an adapter, from the weight.
 
         Args:
             adapter_name: the adapter.
@@ -161,16 +161,23 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """
         for container, delta in self.deltas(adapter_name).items():
             tensors = None if saved is None else saved[container]
-            if not delta.is_incomplete(tensors) or self._weight_device(container).type == "meta":
+            if not delta.is_incomplete(tensors):
                 continue
-            tensors = dict(delta.state_dict()) if tensors is None else tensors
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{self.key}: run the adapter {adapter_name!r} once before it is compiled: it was only loaded."
+                )
             try:
-                delta.prepare(partial(self._canonical_weight, container), self._siblings(container, adapter_name), tensors)
+                self._prepare(container, adapter_name, dict(delta.state_dict()) if tensors is None else tensors)
             except ValueError as error:
                 raise ValueError(f"{self.key}.{self.geometries[container][0]}: {error}") from error
 
-    def _siblings(self, container: str, adapter_name: str) -> list[Any]:
-        return [delta for name, delta in getattr(self, container).items() if name != adapter_name]
+    def _prepare(self, container: str, adapter_name: str, saved: dict[str, Tensor] | None = None) -> None:
+        adapters = getattr(self, container)
+        siblings = [delta for name, delta in adapters.items() if name != adapter_name]
+        # decompositions are no matter of autocast; and what an inference makes must be good for training later
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(next(adapters[adapter_name].parameters())):
+            adapters[adapter_name].prepare(partial(self._canonical_weight, container), siblings, saved)
 
     def deltas(self, adapter_name: str) -> dict[str, Any]:
         """container -> Delta of one adapter; empty if the adapter does not act on this layer."""
@@ -298,11 +305,19 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def dense_update(self, container: str, adapter_name: str) -> Tensor:
         """dW of one adapter and weight, canonical layout; the definition that everything else is tested against."""
         self.complete(adapter_name)
-        update: Tensor = getattr(self, container)[adapter_name].delta_weight(partial(self._canonical_weight, container))
+        delta = getattr(self, container)[adapter_name]
+        with without_autocast(next(delta.parameters())):
+            update: Tensor = delta.delta_weight(partial(self._canonical_weight, container))
         return update
 
     def _canonical_weight(self, container: str) -> Tensor:
-        return self.geometries[container][1].canonical(self._base_weight(container))
+        weight = self._base_weight(container)
+        if weight.is_meta:
+            raise ValueError(
+                "the weight is not in memory (it is offloaded, or still on the meta device) and is needed. Put the adapter on "
+                "the model before it is offloaded, or load an adapter whose file has all that it takes."
+            )
+        return self.geometries[container][1].canonical(weight)
 
     def lora_factors(self, adapter_name: str) -> dict[str, tuple[Tensor, Tensor] | None]:
         """container -> exact LoRA factors (A, B) of an adapter, None where there are none."""
@@ -342,9 +357,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
-                "bitsandbytes has repacked this 4-bit weight for inference on the CPU and cannot read it back. Merge, or add an "
-                "adapter that reads the weight, right after loading, before the first forward in eval mode; or do it on a GPU, or "
-                "load the base unquantised."
+                "bitsandbytes has repacked this 4-bit weight for inference on the CPU and cannot read it back. Merge, or add "
+                "an adapter that reads the weight, right after loading, before the first forward in eval mode; or do it on a "
+                "GPU, or load the base unquantised."
             )
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

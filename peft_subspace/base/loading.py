@@ -59,6 +59,8 @@ def complete_adapter(model: nn.Module, loaded: dict[str, Tensor], adapter_name: 
             container: {tensor: found.get(f"{name}.{container}.{tensor}", own) for tensor, own in delta.state_dict().items()}
             for container, delta in module.deltas(adapter_name).items()
         }
+        if any(module._weight_device(container).type == "meta" for container in saved):
+            continue  # it is looked at when it is there
         try:
             module.complete(adapter_name, saved)
         except ValueError as error:

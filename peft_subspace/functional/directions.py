@@ -160,7 +160,7 @@ def scale_channels(y: Tensor, basis: Tensor, z: Tensor, bias: Tensor | None = No
     if groups == 1 and y.stride(1) == 1:  # channels last: rows as they lie
         return scale_rows(y.movedim(1, -1), basis[0], z[0], bias, dropout).movedim(-1, 1)
     with without_autocast(y):
-        columns = y.reshape(len(y), groups, d, -1)
+        columns = y.flatten(2).unflatten(1, (groups, d))
         offset = None if bias is None else (basis.to(bias.dtype) @ bias.view(groups, d, 1))[..., 0]
         mask = None
         if dropout:
@@ -190,9 +190,10 @@ class _Built(torch.autograd.Function):
         inner = rows @ weight if left else weight @ rows.t()  # U^T W `[r, in]`, or W V `[out, r]`
         scale = z.to(x.dtype)
         built = torch.addmm(weight, rows.t() * scale, inner) if left else torch.addmm(weight, inner * scale, rows)
-        kept = x @ (inner.t() if left else rows.t())  # U^T W x, or V^T x
-        ctx.save_for_backward(kept, built, rows if left else inner.t())
-        ctx.dtype = z.dtype
+        if any(ctx.needs_input_grad):
+            kept = x @ (inner.t() if left else rows.t())  # U^T W x, or V^T x
+            ctx.save_for_backward(kept, built, rows if left else inner.t())
+            ctx.dtype = z.dtype
         return F.linear(x, built, bias)
 
     @staticmethod

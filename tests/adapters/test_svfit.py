@@ -672,3 +672,239 @@ def test_quantised_layers_are_recognised_by_their_geometry() -> None:
 def test_wrong_settings_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SvfitConfig(**fields)
+
+
+# What may happen to a model with an adapter ----------------------------------------------------------------------------------
+
+
+def assert_is_its_dense_self(model: Any, batch: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """What the model computes is what it computes with its adapter merged."""
+    found = run(model, batch).double()
+    model.merge_adapter()
+    merged = run(model, batch).double()
+    model.unmerge_adapter()
+    assert float((found - merged).norm() / merged.norm()) < tolerance
+
+
+@pytest.mark.parametrize("fields", [{"r": "full"}, {"r": 16, "save_basis": False}, {"r": 16}])
+def test_a_whole_state_brings_its_own_base(fields: dict[str, Any]) -> None:
+    """`load_state_dict`, as of `accelerate.load_state`, onto a model that was made for other weights."""
+    torch.manual_seed(3)
+    first = get_peft_model(WIDE.model(seed=1), SvfitConfig(init_weights=False, **fields, **WIDE.targets)).eval()
+    second = get_peft_model(WIDE.model(seed=2), SvfitConfig(init_weights=False, **fields, **WIDE.targets)).eval()
+    run(second, WIDE.batch())
+    second.load_state_dict(first.state_dict())
+    assert_near_to(run(second, WIDE.batch()), run(first, WIDE.batch()))
+    assert_is_its_dense_self(second, WIDE.batch())
+
+
+def assert_near_to(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert float((found - expected).norm() / expected.norm()) < tolerance
+
+
+def test_base_weights_that_change_later_are_the_ones_that_are_used() -> None:
+    """The factored form keeps U^T W; it is made again."""
+    model = get_peft_model(WIDE.model(), SvfitConfig(r="full", init_weights=False, **WIDE.targets)).eval()
+    run(model, WIDE.batch())
+    other = WIDE.model(seed=5)
+    with torch.no_grad():
+        for name in ("first", "second"):
+            model.get_base_model().get_submodule(name).base_layer.weight.copy_(getattr(other, name).weight)
+    assert_is_its_dense_self(model, WIDE.batch())
+
+
+def with_foreign_basis(tmp_path: Path, **fields: Any) -> str:
+    """A file that has the basis of another base."""
+    model = get_peft_model(WIDE.model(seed=9), SvfitConfig(init_weights=False, **{"r": 16, **fields}, **WIDE.targets))
+    model.save_pretrained(str(tmp_path / "foreign"))
+    return str(tmp_path / "foreign")
+
+
+def test_a_weighted_sum_beside_another_basis_leaves_it_alone(tmp_path: Path) -> None:
+    path = with_foreign_basis(tmp_path)
+    model = get_peft_model(WIDE.model(), SvfitConfig(r=16, init_weights=False, **WIDE.targets)).eval()
+    before = run(model, WIDE.batch())
+    model.load_adapter(path, "foreign")
+    model.set_adapter("foreign")
+    foreign = run(model, WIDE.batch())
+    model.add_weighted_adapter(["foreign"], [1.0], "sum")
+    model.set_adapter("sum")
+    assert_near_to(run(model, WIDE.batch()), foreign)
+    model.set_adapter("default")
+    assert torch.equal(run(model, WIDE.batch()), before)
+
+
+def test_a_new_adapter_beside_another_basis_decomposes_its_own_weight(tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(WIDE.model(), with_foreign_basis(tmp_path))
+    run(model, WIDE.batch())
+    model.add_adapter("new", SvfitConfig(r=16, **WIDE.targets))
+    fresh = get_peft_model(WIDE.model(), SvfitConfig(r=16, **WIDE.targets))
+    for mine, theirs in zip(deltas(model, "new").values(), deltas(fresh).values(), strict=True):
+        assert torch.equal(mine.singular_values, theirs.singular_values)
+        assert torch.equal(mine.basis, theirs.basis)
+
+
+def test_a_file_with_a_full_basis_onto_a_used_adapter(tmp_path: Path) -> None:
+    fields = {"r": "full", "save_basis": True, "basis_dtype": "float32"}
+    path = with_foreign_basis(tmp_path, **fields)
+    model = get_peft_model(WIDE.model(), SvfitConfig(init_weights=False, **fields, **WIDE.targets)).eval()
+    run(model, WIDE.batch())
+    model.load_adapter(path, "default")
+    assert_is_its_dense_self(model, WIDE.batch())
+
+
+def test_files_with_equal_bases_share_them(tmp_path: Path) -> None:
+    model, batch = adapt("llama", r=4)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(MODELS["llama"].model(), str(tmp_path))
+    loaded.load_adapter(str(tmp_path), "again")
+    for adapter in ("default", "again"):
+        loaded.set_adapter(adapter)
+        assert torch.equal(run(loaded, batch), run(model, batch))
+    for a, b in zip(deltas(loaded).values(), deltas(loaded, "again").values(), strict=True):
+        assert a.basis.untyped_storage().data_ptr() == b.basis.untyped_storage().data_ptr()
+
+
+def test_adapters_of_a_narrow_base_look_along_when_they_are_loaded(tmp_path: Path, decompositions: list[Any]) -> None:
+    model = get_peft_model(WIDE.model(torch.bfloat16), SvfitConfig(r="full", init_weights=False, **WIDE.targets)).eval()
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(WIDE.model(torch.bfloat16), str(tmp_path))
+    decompositions.clear()
+    loaded.load_adapter(str(tmp_path), "again")
+    loaded.set_adapter("again")
+    batch = WIDE.batch(torch.bfloat16)
+    assert torch.equal(run(loaded, batch), run(model, batch))
+    assert not decompositions
+
+
+@pytest.mark.parametrize("save_basis", [True, False])
+def test_an_offloaded_base(save_basis: bool, tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+
+    model = get_peft_model(WIDE.model(), SvfitConfig(r=16, save_basis=save_basis, init_weights=False, **WIDE.targets)).eval()
+    model.save_pretrained(str(tmp_path))
+    base = WIDE.model()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    assert base.first.weight.is_meta
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    if save_basis:
+        assert torch.equal(run(loaded, WIDE.batch()), run(model, WIDE.batch()))
+    else:
+        with pytest.raises(ValueError, match=r"first\.weight: the weight is not in memory.*offloaded"):
+            run(loaded, WIDE.batch())
+
+
+def test_a_model_that_is_cast_leaves_the_factored_form() -> None:
+    model = get_peft_model(WIDE.model(), SvfitConfig(r="full", init_weights=False, **WIDE.targets)).eval()
+    run(model, WIDE.batch())
+    model.to(torch.bfloat16)
+    for layer in ("first", "second"):
+        delta = model.get_base_model().get_submodule(layer).svfit_delta["default"]
+        assert not delta._may_factor(torch.ones(1, dtype=torch.bfloat16))
+        assert delta.singular_values.dtype == delta.probe.dtype == torch.float32
+        update = model.get_base_model().get_submodule(layer).get_delta_weight("default")
+        assert update.dtype == torch.float32
+
+
+def test_energy_on_a_meta_base_trains_and_is_saved(tmp_path: Path) -> None:
+    """Its rank was bounded when the adapter was made; an optimizer may hold its parameters since."""
+    with torch.device("meta"):
+        empty = WIDE.build().eval().requires_grad_(False)
+    model = get_peft_model(empty, SvfitConfig(energy=0.5, save_basis=True, **WIDE.targets), low_cpu_mem_usage=True)
+    model.get_base_model().to_empty(device="cpu")
+    model.get_base_model().load_state_dict(WIDE.model().state_dict(), strict=False)
+    with torch.no_grad():
+        for name in ("first", "second"):
+            layer = model.get_base_model().get_submodule(name)
+            layer.base_layer.load_state_dict(getattr(WIDE.model(), name).state_dict())
+            for tensor in layer.svfit_delta["default"].state_dict(keep_vars=True).values():
+                tensor.zero_()
+    parameters = [delta.shift for delta in deltas(model).values()]
+    losses = train(model, WIDE.batch(), steps=5)
+    assert losses[-1] < losses[0]
+    assert all(a is b for a, b in zip(parameters, [delta.shift for delta in deltas(model).values()], strict=True))
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(WIDE.model(), str(tmp_path))
+    assert torch.equal(run(loaded, WIDE.batch()), run(model, WIDE.batch()))
+
+
+def test_energy_with_low_cpu_mem_usage_on_a_real_base() -> None:
+    model = get_peft_model(WIDE.model(), SvfitConfig(energy=0.5, **WIDE.targets), low_cpu_mem_usage=True)
+    expected = get_peft_model(WIDE.model(), SvfitConfig(energy=0.5, **WIDE.targets))
+    assert [delta.r for delta in deltas(model).values()] == [delta.r for delta in deltas(expected).values()]
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_the_first_use_may_be_anywhere(context: Any, tmp_path: Path) -> None:
+    """Loaded by transformers, so that the basis is made at the first use: under inference_mode, or under autocast."""
+    model, batch = adapt("llama", r="full", save_basis=False, basis_dtype="float32")
+    model.save_pretrained(str(tmp_path))
+    loaded: Any = MODELS["llama"].model()
+    loaded.load_adapter(str(tmp_path), is_trainable=True)
+    with context():
+        loaded(**batch)
+    assert torch.equal(run(loaded, batch), run(model, batch))
+    losses = train(loaded, batch)
+    assert losses[-1] < losses[0]
+
+
+def test_updates_are_float32_under_autocast() -> None:
+    model, _ = adapt("linear", r=2)
+    layer = model.get_base_model().layer
+    expected = layer.get_delta_weight("default")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.get_delta_weight("default"), expected)
+
+
+def test_keep_basis_of_layers_in_several_dtypes(tmp_path: Path) -> None:
+    base = WIDE.model()
+    base.second.to(torch.bfloat16)
+    config = SvfitConfig(r="full", init_weights=False, **WIDE.targets)
+    model = get_peft_model(base, config)
+    before = {name: delta.basis.clone() for name, delta in deltas(model).items()}
+    model.keep_basis()
+    model.save_pretrained(str(tmp_path))
+    again = WIDE.model()
+    again.second.to(torch.bfloat16)
+    loaded = PeftModel.from_pretrained(again, str(tmp_path))
+    for name, delta in deltas(loaded).items():
+        assert torch.equal(delta.basis, before[name].float())
+    wide = get_peft_model(WIDE.model().double(), SvfitConfig(r=4, save_basis=False, **WIDE.targets)).double()
+    wide.keep_basis()
+    assert wide.peft_config["default"].basis_dtype == "float32"
+
+
+def test_an_empty_batch() -> None:
+    for name in ("conv2d", "conv, groups", "linear", "conv, pointwise"):
+        model, batch = adapt(name, r=2)
+        assert run(model, {"x": batch["x"][:0]}).shape == run(LAYERS[name].model(), {"x": batch["x"][:0]}).shape
+
+
+def test_half_precision_shifts_of_small_weights_stay_finite() -> None:
+    base = WIDE.model()
+    with torch.no_grad():
+        base.first.weight.mul_(1e-4)
+    model = get_peft_model(base.half(), SvfitConfig(r=16, **WIDE.targets), autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for delta in deltas(model).values():
+            delta.shift.fill_(1e-3)
+    assert torch.isfinite(run(model, WIDE.batch(torch.half))).all()
+
+
+@pytest.mark.parametrize("form", ["built", "factored"])
+def test_a_base_weight_that_is_trained_gets_its_gradient(form: Any) -> None:
+    model = get_peft_model(WIDE.model(), SvfitConfig(r="full", form=form, init_weights=False, **WIDE.targets))
+    weight = model.get_base_model().first.base_layer.weight.requires_grad_()
+    model(**WIDE.batch()).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+
+
+def test_a_pointwise_convolution_is_scaled_on_its_smaller_side() -> None:
+    base = nn.Sequential(nn.Conv2d(4, 16, 1))
+    x = torch.randn(2, 4, 5, 5)
+    model = get_peft_model(copy.deepcopy(base), SvfitConfig(r=3, init_weights=False, target_modules=["0"]))
+    (delta,) = deltas(model).values()
+    assert delta.basis.shape == (3, 4)
+    found = model(x)
+    torch.testing.assert_close(found, model.merge_and_unload()(x), rtol=1e-5, atol=1e-5)
