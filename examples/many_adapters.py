@@ -2,8 +2,8 @@
 
     accelerate launch examples/many_adapters.py --epochs 2
 
-Each adapter is trained on a task of its own with its own head, through accelerate. Then one batch holds rows of both tasks, each
-row with its own adapter, and an adapter is loaded back and exported to plain LoRA.
+Each adapter is trained on a task of its own with its own head, through accelerate. Then one batch holds rows of both tasks,
+each row with its own adapter, and an adapter is loaded back and exported to plain LoRA.
 """
 
 from __future__ import annotations

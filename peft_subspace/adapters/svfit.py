@@ -425,7 +425,7 @@ def _bias(layer: Any) -> Tensor | None:
     bias = getattr(layer, "bias", None)
     if bias is None or not bias.is_meta:
         return bias
-    hook = getattr(layer, "_hf_hook", None)
+    hook: Any = layer._hf_hook
     return hook.weights_map["bias"].to(hook.execution_device)
 
 
@@ -482,7 +482,7 @@ class SvfitModel(SubspaceModel):
         for delta in deltas:
             delta.register_buffer("basis", delta.basis.to(dtype), persistent=keep)
             delta.config.save_basis = keep
-        config.basis_dtype = str(dtype).removeprefix("torch.")
+        config.basis_dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
         config.save_basis = keep
 
 
