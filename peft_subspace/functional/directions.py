@@ -44,9 +44,10 @@ def flops(form: str, tokens: int, out: int, in_: int, r: int, train: bool) -> in
 def choose_form(tokens: int, out: int, in_: int, r: int, train: bool, may_build: bool = True, may_factor: bool = True) -> Form:
     """The cheapest form of a linear layer: by flops, and by bytes where flops are near.
 
-    One-sided keeps r min(out, in) numbers beside W and `[n, r]` for backward. Built keeps a weight more for backward, so it
-    must save a tenth of the flops and have at least as many tokens as the weight has rows or columns (then a weight is no more
-    than the layer's own input and output). Factored keeps a second basis, as large as W, so it must save a fifth.
+    One-sided keeps r min(out, in) numbers beside W and `[n, r]` for backward. Built must save a tenth of the flops; it makes a
+    weight, and keeps it for backward, so there must be as many tokens as the weight has rows or columns, and in training four
+    times as many: then a weight is at most a quarter of the layer's own input, which LoRA keeps. Factored keeps a second basis, as
+    large as W, so it must save a fifth.
     Two-sided needs both bases and is never cheaper than one-sided: it is the definition, not a choice.
 
     Args:
@@ -61,7 +62,11 @@ def choose_form(tokens: int, out: int, in_: int, r: int, train: bool, may_build:
     plain = flops("one-sided", tokens, out, in_, r, train)
     if may_factor and r == min(out, in_) and flops("factored", tokens, out, in_, r, train) <= 0.8 * plain:
         return "factored"
-    if may_build and tokens >= max(out, in_) and flops("built", tokens, out, in_, r, train) <= 0.9 * plain:
+    if (
+        may_build
+        and tokens >= (4 if train else 1) * max(out, in_)
+        and flops("built", tokens, out, in_, r, train) <= 0.9 * plain
+    ):
         return "built"
     return "one-sided"
 
