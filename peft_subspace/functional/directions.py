@@ -46,8 +46,8 @@ def choose_form(tokens: int, out: int, in_: int, r: int, train: bool, may_build:
 
     One-sided keeps r min(out, in) numbers beside W and `[n, r]` for backward. Built must save a tenth of the flops; it makes a
     weight, and keeps it for backward, so there must be as many tokens as the weight has rows or columns, and in training four
-    times as many: then a weight is at most a quarter of the layer's own input, which LoRA keeps. Factored keeps a second basis, as
-    large as W, so it must save a fifth.
+    times as many: then a weight is at most a quarter of the layer's own input, which LoRA keeps. Factored keeps a second
+    basis, as large as W, so it must save a fifth.
     Two-sided needs both bases and is never cheaper than one-sided: it is the definition, not a choice.
 
     Args:
