@@ -1,0 +1,267 @@
+"""The one loop that runs a merge method over a tensor, in parts: its passes first, then the map.
+
+The result has the same bytes however the tensor is cut: parts begin at whole blocks or rows, passes sum by block or row, and
+random numbers belong to positions. Parts are small enough for a core's cache (`TILE`), whatever is read at a time (`chunk`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_subspace.merging.methods.registry import BLOCK, Inputs, Kind, Method, Semantics, get
+
+TILE = 16 * BLOCK  # 64 K elements: K tensors of 256 KB and their scratch, about a core's second-level cache
+CHUNK = 64 * TILE  # 4 M elements
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, stop) of one tensor, flat, in any floating dtype, on any device.
+
+    Args:
+        base: Of the base model, or None.
+        tensors: One for each model.
+        are_deltas: Which of them are already theta_k - theta_0 (of a LoRA, of a task-vector file); empty for none.
+        statistics: One for each model, or None. For "matrix" whole, in their own shape; else the same range.
+    """
+
+    base: Tensor | None
+    tensors: Sequence[Tensor]
+    are_deltas: Sequence[bool] = ()
+    statistics: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge of one tensor.
+
+    Args:
+        method: The method.
+        shape: Of the tensor.
+        read: `read(start, stop)` returns the part of these flat elements; it is called in order, once a pass.
+        weights: K factors; by default those in `per_model`, else ones.
+        options: Global parameters; those that are missing have their defaults.
+        per_model: K mappings of parameters of scope "model", likewise.
+        name: Of the tensor.
+        seed: Of the whole merge.
+        semantics: Whose definition to follow.
+        dtype: Of the computation; `float32` or `float64`.
+        device: Of the computation.
+        chunk: Elements to read at a time, rounded to whole blocks or rows. "matrix" methods read the whole tensor.
+        as_delta: Give the merged delta, without the base.
+    """
+
+    method: Method
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Part]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    per_model: Sequence[Mapping[str, Any]] = ()
+    weights: Sequence[float] | None = None
+    name: str = "weight"
+    seed: int = 0
+    semantics: Semantics = "mergekit"
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    chunk: int = CHUNK
+    as_delta: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Length of a row: the tensor's last axis."""
+        return self.shape[-1] if self.shape else 1
+
+
+def _steps(kind: Kind, job: Job) -> tuple[int, int]:
+    """Elements to read at a time, and elements of a tile."""
+    if kind == "matrix":
+        return job.count, job.count
+    unit = BLOCK if kind == "elementwise" else max(1, job.columns)
+    tile = max(1, TILE // unit) * unit
+    return max(1, job.chunk // tile) * tile, tile
+
+
+def _inputs(job: Job, kind: Kind, settled: Inputs, part: Part, start: int, length: int, offset: int) -> Inputs:
+    """One tile of a part, in the dtype of the computation, as what the method acts on."""
+    shape = {"elementwise": (-1,), "rows": (-1, job.columns), "matrix": job.shape}[kind]
+
+    def tile(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1)[offset : offset + length].to(job.device, job.dtype).view(shape)
+
+    base = None if part.base is None else tile(part.base)
+    wants_delta = job.method.acts_on == "delta"
+    are_deltas = part.are_deltas or [part.base is None and wants_delta] * len(part.tensors)
+    tensors = []
+    for tensor, is_delta in zip(part.tensors, are_deltas, strict=True):
+        value = tile(tensor)
+        if base is not None and wants_delta != is_delta:
+            value = value - base if wants_delta else value + base
+        tensors.append(value)
+    statistics = part.statistics
+    if statistics is not None and kind != "matrix":
+        statistics = [tile(statistic) for statistic in statistics]
+    return replace(settled, base=base, tensors=tensors, start=start, statistics=statistics)
+
+
+def _tiles(job: Job, kind: Kind, settled: Inputs) -> Iterator[Inputs]:
+    """All tiles of a tensor in order; each is read when it is asked for."""
+    chunk, size = _steps(kind, job)
+    for start in range(0, job.count, max(1, chunk)):
+        stop = min(start + chunk, job.count)
+        part = job.read(start, stop)
+        for first in range(start, stop, size):
+            yield _inputs(job, kind, settled, part, first, min(size, stop - first), first - start)
+
+
+def settle(job: Job) -> tuple[Kind, Inputs]:
+    """Check a job's parameters; return the kind of its method under them, and its inputs without tensors."""
+    method = job.method
+    options = method.resolve("global", job.options)
+    per_model = tuple(method.resolve("model", given) for given in job.per_model)
+    weights = job.weights
+    if weights is None:
+        weights = [float(given.get("weight", 1.0)) for given in per_model]
+    fixed = {"options": options, "per_model": per_model, "weights": tuple(weights), "name": job.name, "shape": job.shape}
+    return method.kind_for(options), Inputs(None, (), seed=job.seed, semantics=job.semantics, **fixed)
+
+
+def reduce_tensor(job: Job) -> dict[str, Any]:
+    """Run a method's passes over one tensor; return what they found, by name."""
+    kind, settled = settle(job)
+    reduced: dict[str, Any] = {}
+    if not job.count:
+        return reduced
+    for each in job.method.passes(settled.options, settled.per_model, job.semantics):
+        settled = replace(settled, reduced=reduced)
+        state, started = None, False
+        for inputs in _tiles(job, kind, settled):
+            if not started:
+                state, started = each.begin(job.count, inputs), True
+            if state is None:
+                break
+            each.update(state, inputs)
+        reduced = {**reduced, each.name: None if state is None else each.finish(state)}
+    return reduced
+
+
+def map_tensor(job: Job, reduced: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the merged tensor in parts, `(start, flat part)`, in order, in the dtype of the computation."""
+    kind, settled = settle(job)
+    settled = replace(settled, reduced=reduced)
+    for inputs in _tiles(job, kind, settled):
+        merged = job.method.merge(inputs)
+        if job.method.acts_on == "delta" and inputs.base is not None and not job.as_delta:
+            merged = inputs.base + merged
+        elif job.method.acts_on == "model" and job.as_delta and inputs.base is not None:
+            merged = merged - inputs.base
+        yield inputs.start, merged.reshape(-1)
+
+
+def reduce_and_map(job: Job) -> Iterator[tuple[int, Tensor]]:
+    """Run a method's passes, then yield the merged tensor in parts, in order. The engine and `merge_tensors` both call this."""
+    yield from map_tensor(job, reduce_tensor(job))
+
+
+def merge_tensors(
+    method: Method | str,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    options: Mapping[str, Any] | None = None,
+    per_model: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    are_deltas: bool = False,
+    as_delta: bool = False,
+    statistics: Sequence[Tensor] | None = None,
+    name: str = "weight",
+    seed: int = 0,
+    semantics: Semantics = "mergekit",
+    dtype: torch.dtype = torch.float32,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Merge K tensors in memory, by the same loop as the engine.
+
+    Args:
+        method: A method or its name.
+        base: theta_0, or None for a merge without a base.
+        tensors: K tensors of one shape: theta_k, or tau_k with `are_deltas`.
+        weights: K factors, by default `weight` of `per_model`, else 1.
+        options: Global parameters of the method.
+        per_model: K mappings of its parameters of scope "model"; one value for all may stand in `options` instead.
+        are_deltas: `tensors` are theta_k - theta_0.
+        as_delta: Return the merged delta, not theta_0 + delta.
+        statistics: K tensors, for the methods that need them.
+        name: Of the tensor; random methods draw by it.
+        seed: Of random methods.
+        semantics: Whose definition to follow where tools differ.
+        dtype: Of the computation and of the result.
+        chunk: Elements to work on at a time; the result does not depend on it.
+
+    Returns:
+        The merged tensor, a new one.
+
+    Raises:
+        ValueError: Unknown method or parameter, a value outside its range, a wrong number of tensors, or shapes that differ.
+    """
+    method = get(method) if isinstance(method, str) else method
+    _check(method, base, tensors, weights, statistics)
+    options, per_model = spread(method, options or {}, per_model, len(tensors))
+
+    def read(start: int, stop: int) -> Part:
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach().reshape(-1)[start:stop]
+
+        found = statistics
+        if statistics is not None and statistics[0].shape == tensors[0].shape:
+            found = [cut(statistic) for statistic in statistics]
+        flags = [True] * len(tensors) if are_deltas else ()
+        return Part(None if base is None else cut(base), [cut(tensor) for tensor in tensors], flags, found)
+
+    shape = tuple(tensors[0].shape)
+    job = Job(method, shape, read, options, per_model, weights, name, seed, semantics, dtype, tensors[0].device, chunk, as_delta)
+    out = torch.empty(job.count, dtype=dtype, device=tensors[0].device)
+    for start, merged in reduce_and_map(job):
+        out[start : start + merged.numel()] = merged
+    return out.view(shape)
+
+
+def spread(
+    method: Method, options: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]] | None, count: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Give each model the values of its parameters that stand in `options` for all of them; its own come first."""
+    shared = {key: value for key, value in options.items() if method.parameter(key).scope == "model"}
+    own = [{**shared, **given} for given in (per_model if per_model is not None else [{}] * count)]
+    return {key: value for key, value in options.items() if key not in shared}, own
+
+
+def _check(
+    method: Method,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    statistics: Sequence[Tensor] | None,
+) -> None:
+    """Raise a ValueError unless the tensors are what the method takes."""
+    most = math.inf if method.maximum is None else method.maximum
+    if not max(1, method.minimum) <= len(tensors) <= most:
+        accepted = f"{method.minimum}" if method.minimum == most else f"{method.minimum} or more"
+        raise ValueError(f"merge method {method.name!r} takes {accepted} models beside the base, got {len(tensors)}")
+    if method.needs_base and base is None:
+        raise ValueError(f"merge method {method.name!r} needs a base model; give one, or merge with 'linear'")
+    shapes = [tuple(tensor.shape) for tensor in ([] if base is None else [base]) + list(tensors)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"tensors to be merged must have one shape, got {', '.join(map(str, shapes))}")
+    if weights is not None and len(weights) != len(tensors):
+        raise ValueError(f"got {len(weights)} weights for {len(tensors)} models")
+    if method.statistics and statistics is None:
+        raise ValueError(f"merge method {method.name!r} needs statistics: {method.statistics}, for each model")
