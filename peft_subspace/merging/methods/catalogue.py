@@ -53,44 +53,44 @@ _ONE_D = "weighted mean of the deltas for tensors that are not matrices"
 
 for _method in (
     Method(
-        "linear", "elementwise", "model", f"{_HERE}.linear:linear", (WEIGHT, _normalize(True)), base="ignored",
+        "linear", "elementwise", "model", f"{_HERE}.task_arithmetic:linear", (WEIGHT, _normalize(True)), base="ignored",
         reference="Model soups, arXiv:2203.05482", aliases=("average",),
     ),
     Method(
-        "task_arithmetic", "elementwise", "delta", f"{_HERE}.sparse:merge", _sparse(False, False), f"{_HERE}.sparse:none",
+        "task_arithmetic", "elementwise", "delta", f"{_HERE}.task_arithmetic:task_arithmetic", _sparse(False, False),
         reference=_TA,
     ),
     Method(
-        "magnitude_prune", "elementwise", "delta", f"{_HERE}.sparse:merge", _sparse(False, False),
-        f"{_HERE}.sparse:magnitude", reference="PEFT's merge_utils.magnitude_prune",
+        "magnitude_prune", "elementwise", "delta", f"{_HERE}.ties:magnitude_prune", _sparse(False, False),
+        f"{_HERE}.ties:passes", reference="PEFT's merge_utils.magnitude_prune",
     ),
     Method(
-        "ties", "elementwise", "delta", f"{_HERE}.sparse:merge_consensus", _sparse(True, False, SIGNS),
-        f"{_HERE}.sparse:magnitude", reference=_TIES,
+        "ties", "elementwise", "delta", f"{_HERE}.ties:ties", _sparse(True, False, SIGNS),
+        f"{_HERE}.ties:passes", reference=_TIES,
     ),
     Method(
-        "dare_linear", "elementwise", "delta", f"{_HERE}.sparse:merge", _sparse(False, True), f"{_HERE}.sparse:random",
+        "dare_linear", "elementwise", "delta", f"{_HERE}.dare:dare_linear", _sparse(False, True), f"{_HERE}.dare:passes",
         reference=_DARE,
     ),
     Method(
-        "dare_ties", "elementwise", "delta", f"{_HERE}.sparse:merge_consensus", _sparse(False, True, SIGNS),
-        f"{_HERE}.sparse:random", reference=_DARE,
+        "dare_ties", "elementwise", "delta", f"{_HERE}.dare:dare_ties", _sparse(False, True, SIGNS),
+        f"{_HERE}.dare:passes", reference=_DARE,
     ),
     Method(
-        "breadcrumbs", "elementwise", "delta", f"{_HERE}.sparse:merge", _sparse(False, False, _GAMMA),
-        f"{_HERE}.sparse:outliers", reference=_CRUMBS,
+        "breadcrumbs", "elementwise", "delta", f"{_HERE}.breadcrumbs:breadcrumbs", _sparse(False, False, _GAMMA),
+        f"{_HERE}.breadcrumbs:passes", reference=_CRUMBS,
     ),
     Method(
-        "breadcrumbs_ties", "elementwise", "delta", f"{_HERE}.sparse:merge_consensus", _sparse(False, False, _GAMMA, SIGNS),
-        f"{_HERE}.sparse:outliers", reference=_CRUMBS,
+        "breadcrumbs_ties", "elementwise", "delta", f"{_HERE}.breadcrumbs:breadcrumbs_ties", _sparse(False, False, _GAMMA, SIGNS),
+        f"{_HERE}.breadcrumbs:passes", reference=_CRUMBS,
     ),
     Method(
-        "della", "rows", "delta", f"{_HERE}.sparse:merge_consensus", _sparse(True, True, _EPSILON, SIGNS),
-        f"{_HERE}.sparse:ranked", reference=_DELLA,
+        "della", "rows", "delta", f"{_HERE}.della:della", _sparse(True, True, _EPSILON, SIGNS),
+        f"{_HERE}.della:passes", reference=_DELLA,
     ),
     Method(
-        "della_linear", "rows", "delta", f"{_HERE}.sparse:merge", _sparse(False, True, _EPSILON),
-        f"{_HERE}.sparse:ranked", reference=_DELLA,
+        "della_linear", "rows", "delta", f"{_HERE}.della:della_linear", _sparse(False, True, _EPSILON),
+        f"{_HERE}.della:passes", reference=_DELLA,
     ),
     Method(
         "slerp", "elementwise", "model", f"{_HERE}.spherical:slerp", (Parameter("t", 0.5, help="0: the base, 1: the other"),),

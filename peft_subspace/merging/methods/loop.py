@@ -16,8 +16,8 @@ from torch import Tensor
 
 from peft_subspace.merging.methods.registry import BLOCK, Inputs, Kind, Method, Semantics, get
 
-TILE = 16 * BLOCK  # 64 K elements: K tensors of 256 KB and their scratch, about a core's second-level cache
-CHUNK = 64 * TILE  # 4 M elements
+TILE = 32 * BLOCK  # 128 K elements: small enough for a core's caches, large enough that a call costs nothing beside its work
+CHUNK = 32 * TILE  # 4 M elements
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""Sums over a whole tensor that do not depend on how it is cut, nor on threads: by block or row, then exactly rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_subspace.merging.methods.registry import BLOCK, Inputs
+
+
+def block_sums(x: Tensor) -> list[float]:
+    """Sums of blocks of `BLOCK` entries, row by row.
+
+    A block is summed by one thread in a fixed order; more than a block would be split among threads.
+
+    Args:
+        x: `[n]` from a multiple of `BLOCK` on, or whole rows `[rows, columns]`.
+    """
+    rows = x if x.dim() == 2 else x.view(1, -1)
+    whole = rows.shape[1] // BLOCK * BLOCK
+    found = [rows[:, :whole].reshape(-1, BLOCK).sum(1)] if whole else []
+    if whole < rows.shape[1]:
+        found.append(rows[:, whole:].contiguous().sum(1))
+    return torch.cat(found).tolist()
+
+
+@dataclass
+class Ratio:
+    """For each model, Sigma |tau| / Sigma |kept|: what brings the kept entries up to the L1 norm of the delta.
+
+    1 where either sum is below 1e-7. Source: mergekit's `rescale`.
+    """
+
+    keep: Callable[[Inputs, int], Tensor]
+    name: str = "ratio"
+
+    def begin(self, count: int, inputs: Inputs) -> Any:
+        return [([], []) for _ in inputs.tensors]
+
+    def update(self, state: Any, inputs: Inputs) -> None:
+        for k, (before, after) in enumerate(state):
+            kept = self.keep(inputs, k)
+            after += block_sums(kept.abs())
+            before += block_sums(inputs.tensors[k].abs()) if kept is not inputs.tensors[k] else ()
+
+    def finish(self, state: Any) -> Any:
+        return [ratio(math.fsum(before), math.fsum(after)) for before, after in state]
+
+
+def ratio(before: float, after: float) -> float:
+    """before / after, or 1 where either is below 1e-7."""
+    return 1.0 if before < 1e-7 or after < 1e-7 else before / after
+
+
+@dataclass
+class Gram:
+    """All dot products of K tensors: `[K, K]` float64 over the whole tensor, or `[rows, K, K]`.
+
+    Args:
+        vectors: Gives the K tensors of a part.
+        by_row: One matrix for each row.
+    """
+
+    vectors: Callable[[Inputs], Sequence[Tensor]]
+    by_row: bool = False
+    name: str = "gram"
+
+    def begin(self, count: int, inputs: Inputs) -> Any:
+        size = len(self.vectors(inputs))
+        return {(i, j): [] for i in range(size) for j in range(i, size)}
+
+    def update(self, state: Any, inputs: Inputs) -> None:
+        vectors = self.vectors(inputs)
+        for (i, j), sums in state.items():
+            product = vectors[i] * vectors[j]
+            sums += [math.fsum(block_sums(row.view(-1))) for row in product] if self.by_row else block_sums(product)
+
+    def finish(self, state: Any) -> Any:
+        size = max(j for _, j in state) + 1
+        values = {place: sums if self.by_row else math.fsum(sums) for place, sums in state.items()}
+        rows = [[values[min(i, j), max(i, j)] for j in range(size)] for i in range(size)]
+        gram = torch.tensor(rows, dtype=torch.float64)
+        return gram.permute(2, 0, 1) if self.by_row else gram
+
+
+def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Sigma_k c_k x_k, in order."""
+    total = tensors[0] * coefficients[0]
+    for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
+        total.add_(tensor, alpha=coefficient)
+    return total
