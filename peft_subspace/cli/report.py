@@ -11,9 +11,8 @@ from .console import duration, say, size
 def describe(plan: Plan, threads: int) -> None:
     """Print what a merge would read, compute and write."""
     recipe = plan.recipe
-    say(
-        f"Method   {recipe.merge_method} ({plan.method.reference}), {recipe.subspace.semantics} semantics, seed {recipe.subspace.seed}"
-    )
+    details = f"{recipe.subspace.semantics} semantics, seed {recipe.subspace.seed}"
+    say(f"Method   {recipe.merge_method} ({plan.method.reference}), {details}")
     if plan.base is not None:
         say(f"Base     {recipe.base_model}")
     for name in plan.names:

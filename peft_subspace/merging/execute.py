@@ -93,8 +93,8 @@ def _check_equal(plan: Plan) -> None:
             for number, model in enumerate(tensor.models):
                 if model.values is not None and tensor.base.values is not None and not _same(tensor.base.values, model.values):
                     raise InputError(
-                        f"{plan.names[number]}: {tensor.name!r} ({model.values.dtype}) is no floating-point tensor, and differs "
-                        f"from the base's: it cannot be averaged."
+                        f"{plan.names[number]}: {tensor.name!r} ({model.values.dtype}) is no floating-point tensor, and it "
+                        f"differs from the base's: it cannot be averaged."
                     )
 
 
@@ -244,10 +244,8 @@ class _Inputs:
 
 
 def finite(values: Tensor) -> bool:
-    """Whether all values are finite: their sum is not, if one is not; the exact check only if the sum overflowed."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32 if values.dtype != torch.float64 else None))) or bool(
-        torch.isfinite(values).all()
-    )
+    """Whether all values are finite: their sum is not if one is not; the exact check if the sum overflowed."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _memory(values: Tensor) -> memoryview:

@@ -109,11 +109,10 @@ def _check_vocabularies(chosen: Path, folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         theirs = _vocabulary(folder) if folder != chosen else ours
         if ours is not None and theirs is not None and ours != theirs:
-            different = sorted(dict(ours.items() ^ theirs.items()))[:5]
+            different = ", ".join(repr(token) for token in sorted(dict(ours.items() ^ theirs.items()))[:5])
             raise InputError(
-                f"{name}: its tokenizer has other tokens than that of {chosen.name} (such as {', '.join(map(repr, different))}), "
-                f"so rows of the embeddings mean different things. Write `tokenizer_source: base` (or a model's name) if that is "
-                f"meant."
+                f"{name}: its tokenizer has other tokens than that of {chosen.name} (such as {different}): rows of "
+                f"the embeddings mean different things. Write `tokenizer_source: base` (or a model's name) if that is meant."
             )
 
 
