@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft_subspace.merging.methods import checks
 from peft_subspace.merging.methods.registry import Kind, Method, Parameter, register
 
 _HERE = "peft_subspace.merging.methods"
@@ -29,19 +30,18 @@ def _sparse(normalize: bool, rescale: bool, *more: Parameter) -> tuple[Parameter
     return WEIGHT, DENSITY, _normalize(normalize), keep_norm, LAMBDA, INT8, *more
 
 
-_GAMMA = Parameter("gamma", 0.01, "model", 0.0, 1.0, help="share of the largest entries that is dropped")
-_EPSILON = Parameter("epsilon", 0.15, "model", 0.0, 1.0, help="half the span of the chances to be kept, over the ranks in a row")
+_GAMMA = Parameter("gamma", 0.01, "model", 0.0, 1.0, help="share of the entries, the largest, that is dropped")
+_EPSILON = Parameter("epsilon", 0.15, "model", 0.0, 1.0, help="half the span of the chances to be kept")
 
 
-def _sliced(flag: str, flat: bool) -> Any:
-    """Kind of a method that sees the tensor as one vector if the option `flag` is `flat`, else as vectors along the last axis."""
+def _nuslerp_kind(options: Mapping[str, Any]) -> Kind:
+    if options["nuslerp_flatten"]:
+        return "elementwise"
+    return "matrix" if options["nuslerp_row_wise"] else "rows"  # vectors along the first axis are not contiguous
 
-    def kind(options: Mapping[str, Any]) -> Kind:
-        if options.get("nuslerp_row_wise") and options[flag] is not flat:
-            return "matrix"  # vectors along the first axis are not contiguous
-        return "elementwise" if options[flag] is flat else "rows"
 
-    return kind
+def _model_stock_kind(options: Mapping[str, Any]) -> Kind:
+    return "rows" if options["filter_wise"] else "elementwise"
 
 
 _TA = "Editing Models with Task Arithmetic, arXiv:2212.04089"
@@ -54,7 +54,7 @@ _ONE_D = "weighted mean of the deltas for tensors that are not matrices"
 for _method in (
     Method(
         "linear", "elementwise", "model", f"{_HERE}.task_arithmetic:linear", (WEIGHT, _normalize(True)), base="ignored",
-        reference="Model soups, arXiv:2203.05482", aliases=("average",),
+        check=checks.weights_do_not_cancel, reference="Model soups, arXiv:2203.05482", aliases=("average",),
     ),
     Method(
         "task_arithmetic", "elementwise", "delta", f"{_HERE}.task_arithmetic:task_arithmetic", _sparse(False, False),
@@ -66,7 +66,7 @@ for _method in (
     ),
     Method(
         "ties", "elementwise", "delta", f"{_HERE}.ties:ties", _sparse(True, False, SIGNS),
-        f"{_HERE}.ties:passes", reference=_TIES,
+        f"{_HERE}.ties:passes", reference=_TIES, whole_model=("paper",),
     ),
     Method(
         "dare_linear", "elementwise", "delta", f"{_HERE}.dare:dare_linear", _sparse(False, True), f"{_HERE}.dare:passes",
@@ -81,42 +81,43 @@ for _method in (
         f"{_HERE}.breadcrumbs:passes", reference=_CRUMBS,
     ),
     Method(
-        "breadcrumbs_ties", "elementwise", "delta", f"{_HERE}.breadcrumbs:breadcrumbs_ties", _sparse(False, False, _GAMMA, SIGNS),
-        f"{_HERE}.breadcrumbs:passes", reference=_CRUMBS,
+        "breadcrumbs_ties", "elementwise", "delta", f"{_HERE}.breadcrumbs:breadcrumbs_ties",
+        _sparse(False, False, _GAMMA, SIGNS), f"{_HERE}.breadcrumbs:passes", reference=_CRUMBS,
     ),
     Method(
         "della", "rows", "delta", f"{_HERE}.della:della", _sparse(True, True, _EPSILON, SIGNS),
-        f"{_HERE}.della:passes", reference=_DELLA,
+        f"{_HERE}.della:passes", check=checks.chances_inside_0_1, reference=_DELLA,
     ),
     Method(
         "della_linear", "rows", "delta", f"{_HERE}.della:della_linear", _sparse(False, True, _EPSILON),
-        f"{_HERE}.della:passes", reference=_DELLA,
+        f"{_HERE}.della:passes", check=checks.chances_inside_0_1, reference=_DELLA,
     ),
     Method(
         "slerp", "elementwise", "model", f"{_HERE}.spherical:slerp", (Parameter("t", 0.5, help="0: the base, 1: the other"),),
-        f"{_HERE}.spherical:gram_with_base", maximum=1, reference="Shoemake 1985, Animating rotation with quaternion curves",
+        f"{_HERE}.spherical:slerp_passes", maximum=1, reference="Shoemake 1985, Animating rotation with quaternion curves",
     ),
     Method(
-        "nuslerp", _sliced("nuslerp_flatten", True), "delta", f"{_HERE}.spherical:nuslerp",
+        "nuslerp", _nuslerp_kind, "delta", f"{_HERE}.spherical:nuslerp",
         (
             WEIGHT,
             Parameter("nuslerp_flatten", True, help="the tensor is one vector"),
             Parameter("nuslerp_row_wise", False, help="vectors along the first axis instead of the last, if not flat"),
         ),
-        f"{_HERE}.spherical:gram", base="optional", minimum=2, maximum=2, reference="mergekit's nuslerp",
+        f"{_HERE}.spherical:nuslerp_passes", base="optional", minimum=2, maximum=2, reference="mergekit's nuslerp",
     ),
     Method(
         "multislerp", "elementwise", "delta", f"{_HERE}.spherical:multislerp",
         (WEIGHT, Parameter("normalize_weights", True), Parameter("eps", 1e-8, minimum=0.0)),
-        f"{_HERE}.spherical:gram", base="optional", reference="mergekit's multislerp",
+        f"{_HERE}.spherical:passes", check=checks.weights_do_not_cancel, base="optional", reference="mergekit's multislerp",
     ),
     Method(
         "karcher", "elementwise", "model", f"{_HERE}.spherical:karcher",
         (WEIGHT, Parameter("max_iter", 10, minimum=0), Parameter("tol", 1e-5, minimum=0.0)),
-        f"{_HERE}.spherical:gram", base="ignored", reference="Karcher mean on the sphere, arXiv:2603.04972",
+        f"{_HERE}.spherical:passes", check=checks.weights_do_not_cancel, base="ignored",
+        reference="Karcher mean on the sphere, arXiv:2603.04972",
     ),
     Method(
-        "model_stock", _sliced("filter_wise", False), "delta", f"{_HERE}.model_stock:merge",
+        "model_stock", _model_stock_kind, "delta", f"{_HERE}.model_stock:merge",
         (Parameter("filter_wise", False, help="one angle for each vector along the last axis"),),
         f"{_HERE}.model_stock:passes", minimum=2, reference="Model Stock, arXiv:2403.19522",
     ),
@@ -140,7 +141,7 @@ for _method in (
         "iso_cts", "matrix", "delta", f"{_HERE}.singular:iso_cts",
         (
             WEIGHT, LAMBDA,
-            Parameter("common_space_fraction", 0.8, minimum=0.0, maximum=1.0, help="share of the rank that tasks have in common"),
+            Parameter("common_space_fraction", 0.8, minimum=0.0, maximum=1.0, help="share of the rank that is common"),
         ),
         reference="Isotropic merging in common and task-specific subspaces, arXiv:2502.04959", fallback=_ONE_D,
     ),
@@ -162,7 +163,7 @@ for _method in (
         "fisher", "elementwise", "model", f"{_HERE}.data:fisher",
         (WEIGHT, STATISTICS, Parameter("floor", 1e-6, minimum=0.0, help="least Fisher information of an entry")),
         base="ignored", statistics="the diagonal Fisher information of each tensor",
-        reference="Fisher-weighted averaging, arXiv:2111.09832", fallback="weighted mean for tensors without Fisher information",
+        reference="Fisher-weighted averaging, arXiv:2111.09832", fallback="weighted mean for tensors without it",
     ),
 ):  # fmt: skip
     register(_method)

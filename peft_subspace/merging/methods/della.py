@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 
 from peft_subspace.merging.methods import masks
+from peft_subspace.merging.methods.checks import span
 from peft_subspace.merging.methods.consensus import add, elect
 from peft_subspace.merging.methods.draws import bernoulli, random_bits, uniform
 from peft_subspace.merging.methods.registry import Inputs, Pass, Semantics
-
-
-def span(given: Mapping[str, Any], semantics: Semantics) -> tuple[float, float]:
-    """Chance of the smallest entry of a row to be kept, and of the largest.
-
-    density -+ epsilon (mergekit), or density -+ epsilon / 2 (the paper, whose epsilon is the whole span).
-    """
-    half = given["epsilon"] if semantics == "mergekit" else given["epsilon"] / 2
-    return given["density"] - half, given["density"] + half
 
 
 def keep_mask(x: Tensor, low: float, high: float, bits: np.ndarray) -> np.ndarray:
@@ -82,17 +74,6 @@ def _by_the_paper(inputs: Inputs, k: int) -> Tensor:
     u = torch.from_numpy(uniform(random_bits(inputs, k))).to(tensor.device).view(tensor.shape)
     kept = tensor * (u < chance)
     return kept / chance if inputs.options["rescale"] else kept
-
-
-def check(options: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]], semantics: Semantics) -> None:
-    """Raise a ValueError unless every chance is inside (0, 1)."""
-    for given in per_model:
-        low, high = span(given, semantics)
-        if 0 < given["density"] < 1 and not 0 < low <= high < 1:
-            raise ValueError(
-                f"density={given['density']:g} with epsilon={given['epsilon']:g}: entries would be kept with chances from "
-                f"{low:g} to {high:g}, which must lie inside (0, 1); choose a smaller epsilon"
-            )
 
 
 def passes(options: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]], semantics: Semantics) -> list[Pass]:

@@ -131,22 +131,32 @@ def settle(job: Job) -> tuple[Kind, Inputs]:
     weights = job.weights
     if weights is None:
         weights = [float(given.get("weight", 1.0)) for given in per_model]
-    fixed = {"options": options, "per_model": per_model, "weights": tuple(weights), "name": job.name, "shape": job.shape}
-    return method.kind_for(options), Inputs(None, (), seed=job.seed, semantics=job.semantics, **fixed)
+    if method.check is not None:
+        method.check(options, per_model, weights, job.semantics)
+    inputs = Inputs(None, (), tuple(weights), options, per_model, job.name, job.shape, 0, job.seed, {}, job.semantics)
+    return method.kind_for(options), inputs
 
 
-def reduce_tensor(job: Job) -> dict[str, Any]:
-    """Run a method's passes over one tensor; return what they found, by name."""
-    kind, settled = settle(job)
+def reduce_tensors(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Run a method's passes over some tensors as if they were one; return what the passes found, by name.
+
+    Over one tensor, for almost everything. Over all tensors of a model where `Method.whole_model` says so: TIES in the
+    paper's semantics trims by one threshold for the whole model.
+
+    Args:
+        jobs: Of one method, with the same parameters; tensors without entries are passed over.
+    """
     reduced: dict[str, Any] = {}
-    if not job.count:
+    settled = [(job, *settle(job)) for job in jobs if job.count]
+    if not settled:
         return reduced
-    for each in job.method.passes(settled.options, settled.per_model, job.semantics):
-        settled = replace(settled, reduced=reduced)
+    first, count = settled[0], sum(job.count for job, _, _ in settled)
+    for each in first[0].method.passes(first[2].options, first[2].per_model, first[0].semantics):
+        tiles = (tile for job, kind, inputs in settled for tile in _tiles(job, kind, replace(inputs, reduced=reduced)))
         state, started = None, False
-        for inputs in _tiles(job, kind, settled):
+        for inputs in tiles:
             if not started:
-                state, started = each.begin(job.count, inputs), True
+                state, started = each.begin(count, inputs), True
             if state is None:
                 break
             each.update(state, inputs)
@@ -169,7 +179,7 @@ def map_tensor(job: Job, reduced: Mapping[str, Any]) -> Iterator[tuple[int, Tens
 
 def reduce_and_map(job: Job) -> Iterator[tuple[int, Tensor]]:
     """Run a method's passes, then yield the merged tensor in parts, in order. The engine and `merge_tensors` both call this."""
-    yield from map_tensor(job, reduce_tensor(job))
+    yield from map_tensor(job, reduce_tensors([job]))
 
 
 def merge_tensors(
@@ -227,9 +237,9 @@ def merge_tensors(
         flags = [True] * len(tensors) if are_deltas else ()
         return Part(None if base is None else cut(base), [cut(tensor) for tensor in tensors], flags, found)
 
-    shape = tuple(tensors[0].shape)
-    job = Job(method, shape, read, options, per_model, weights, name, seed, semantics, dtype, tensors[0].device, chunk, as_delta)
-    out = torch.empty(job.count, dtype=dtype, device=tensors[0].device)
+    shape, device = tuple(tensors[0].shape), tensors[0].device
+    job = Job(method, shape, read, options, per_model, weights, name, seed, semantics, dtype, device, chunk, as_delta)
+    out = torch.empty(job.count, dtype=dtype, device=device)
     for start, merged in reduce_and_map(job):
         out[start : start + merged.numel()] = merged
     return out.view(shape)

@@ -52,9 +52,8 @@ class Parameter:
     def check(self, value: Any) -> Any:
         """Return `value` in the parameter's type, or raise a ValueError that names it and what is accepted."""
         kind = type(self.default)
-        number = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
-        whole = number and (kind is float or value == int(value) if value == value and abs(value) != float("inf") else kind is float)
-        if not (whole or (type(value) is kind and not number)):
+        number = kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool)
+        if not (kind is float or float(value).is_integer() if number else type(value) is kind):
             raise ValueError(f"{self.name}={value!r}: expected {_WORDS[kind]}")
         if self.choices and value not in self.choices:
             raise ValueError(f"{self.name}={value!r}: expected one of {', '.join(self.choices)}")
@@ -120,6 +119,7 @@ class Pass(Protocol):
 
 
 Kernel = Callable[[Inputs], "Tensor"]
+Check = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]], Sequence[float], Semantics], None]
 Passes = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]], Semantics], Sequence[Pass]]
 
 
@@ -148,9 +148,11 @@ class Method:
         maximum: Greatest number of models beside the base.
         statistics: What each model must bring besides itself, in words; empty for nothing. The file is named by the
             model's parameter `statistics` and has tensors of the same names.
+        check: Raises a ValueError if `(options, per_model, weights, semantics)` do not go together; must not import torch.
         reference: Paper or tool, one line.
         aliases: Other names of it.
         fallback: What is done with tensors that the method is not defined on, in words.
+        whole_model: Semantics in which the passes go over all tensors of the model together, before any is merged.
     """
 
     name: str
@@ -163,9 +165,11 @@ class Method:
     minimum: int = 1
     maximum: int | None = None
     statistics: str = ""
+    check: Check | None = None
     reference: str = ""
     aliases: tuple[str, ...] = ()
     fallback: str = ""
+    whole_model: tuple[Semantics, ...] = ()
 
     @property
     def merge(self) -> Kernel:

@@ -57,12 +57,20 @@ def ratio(before: float, after: float) -> float:
     return 1.0 if before < 1e-7 or after < 1e-7 else before / after
 
 
+def row_sums(x: Tensor) -> Tensor:
+    """`[rows]` float64: the sums of `[rows, columns]` along the rows, each by one thread in a fixed order."""
+    whole = x.shape[1] // BLOCK * BLOCK
+    blocks = x[:, :whole].reshape(x.shape[0], -1, BLOCK).sum(2) if whole else x.new_zeros(x.shape[0], 0)
+    rest = x[:, whole:].sum(1, keepdim=True)
+    return torch.cat([blocks, rest], 1).to(torch.float64).sum(1)
+
+
 @dataclass
 class Gram:
-    """All dot products of K tensors: `[K, K]` float64 over the whole tensor, or `[rows, K, K]`.
+    """All dot products of K tensors: float64 `[K, K]` over the whole tensor, or `[rows, K, K]` for each row.
 
     Args:
-        vectors: Gives the K tensors of a part.
+        vectors: Gives the K tensors of a part: `[n]`, or `[rows, columns]`.
         by_row: One matrix for each row.
     """
 
@@ -78,14 +86,19 @@ class Gram:
         vectors = self.vectors(inputs)
         for (i, j), sums in state.items():
             product = vectors[i] * vectors[j]
-            sums += [math.fsum(block_sums(row.view(-1))) for row in product] if self.by_row else block_sums(product)
+            if self.by_row:
+                sums.append(row_sums(product).cpu())
+            else:
+                sums += block_sums(product)
 
     def finish(self, state: Any) -> Any:
         size = max(j for _, j in state) + 1
-        values = {place: sums if self.by_row else math.fsum(sums) for place, sums in state.items()}
-        rows = [[values[min(i, j), max(i, j)] for j in range(size)] for i in range(size)]
-        gram = torch.tensor(rows, dtype=torch.float64)
-        return gram.permute(2, 0, 1) if self.by_row else gram
+        if self.by_row:
+            found = {place: torch.cat(sums) for place, sums in state.items()}
+        else:
+            found = {place: torch.tensor(math.fsum(sums), dtype=torch.float64) for place, sums in state.items()}
+        rows = [torch.stack([found[min(i, j), max(i, j)] for j in range(size)], -1) for i in range(size)]
+        return torch.stack(rows, -2)
 
 
 def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

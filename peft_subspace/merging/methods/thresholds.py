@@ -250,3 +250,18 @@ def top_passes(signals: Signals, ranks: Ranks, exact: bool = True) -> list[Pass]
         The passes; `settled(inputs.reduced)[i][j]` is then the `Top` of tensor i and its j-th number.
     """
     return [_Coarse(signals, ranks), _Fine(signals), _Double(signals), *([_Cut(signals)] if exact else [])]
+
+
+def exact_top(x: Tensor, density: float) -> Tensor:
+    """x where |x| is among the int(density n) largest, at least one, ties in order of position; for a tensor in memory."""
+    count = int(density * x.numel()) if density <= 0 else max(1, int(density * x.numel()))
+    if count >= x.numel():
+        return x
+    flat = x.reshape(-1)
+    inputs = Inputs(None, [flat], (), {}, ())
+    for each in top_passes(lambda given: given.tensors, lambda n, given: [[count]]):
+        state = each.begin(flat.numel(), inputs)
+        if state is not None:
+            each.update(state, inputs)
+            inputs = replace(inputs, reduced={**inputs.reduced, each.name: each.finish(state)})
+    return keep_top(flat, settled(inputs.reduced)[0][0], 0).view(x.shape)
