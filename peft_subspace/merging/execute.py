@@ -62,13 +62,16 @@ def execute(plan: Plan, files: OutputFiles, journal: Journal, done: dict[str, in
     remaining = [tensor for tensor in plan.tensors if tensor.name not in done]
     for name in done:
         files.finished(name)
-    run = _Run(plan, files, journal, settings, remaining)
+    run = _Run(plan, settings)
+    run.remaining = remaining
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(settings.threads, thread_name_prefix="merge") as pool:
             try:
-                finished, _ = wait([pool.submit(run.work) for _ in range(settings.threads)], return_when=FIRST_EXCEPTION)
+                finished, _ = wait(
+                    [pool.submit(run.work, files, journal) for _ in range(settings.threads)], return_when=FIRST_EXCEPTION
+                )
             finally:
                 run.stopped.set()
         for future in finished:
@@ -102,26 +105,31 @@ def _same(first: TensorHeader, second: TensorHeader) -> bool:
     return first.dtype == second.dtype and torch.equal(read_tensor(first), read_tensor(second))
 
 
+def merged_tensor(plan: Plan, tensor: TensorPlan, as_delta: bool = False) -> Tensor:
+    """One merged tensor in memory, in the dtype of the computation; the merged delta with `as_delta`."""
+    run = _Run(plan, Settings())
+    source = _Inputs(run, tensor, Reader())
+    return torch.cat([values.clone() for _, values in run.merged(tensor, source, as_delta)]).reshape(tensor.shape)
+
+
 class _Run:
     """What the workers share."""
 
-    def __init__(
-        self, plan: Plan, files: OutputFiles, journal: Journal, settings: Settings, remaining: list[TensorPlan]
-    ) -> None:
-        self.plan, self.files, self.journal, self.settings = plan, files, journal, settings
-        self.remaining = remaining
+    def __init__(self, plan: Plan, settings: Settings) -> None:
+        self.plan, self.settings = plan, settings
+        self.remaining: list[TensorPlan] = []
         self.next = 0
         self.lock, self.whole_tensors = threading.Lock(), threading.Lock()
         self.stopped = threading.Event()
         self.dtype = getattr(torch, plan.recipe.subspace.compute_dtype)
 
-    def work(self) -> None:
+    def work(self, files: OutputFiles, journal: Journal) -> None:
         torch.set_num_threads(1)
         reader = Reader()
         try:
             with torch.inference_mode():
                 while (tensor := self._take()) is not None:
-                    self._one(tensor, reader)
+                    self._one(tensor, reader, files, journal)
         except BaseException:
             self.stopped.set()
             raise
@@ -135,19 +143,19 @@ class _Run:
             _fetch(ahead)
         return self.remaining[number]
 
-    def _one(self, tensor: TensorPlan, reader: Reader) -> None:
+    def _one(self, tensor: TensorPlan, reader: Reader, files: OutputFiles, journal: Journal) -> None:
         whole = tensor.action == "merge" and self.plan.method.kind_for(tensor.options) == "matrix"
         with self.whole_tensors if whole else contextlib.nullcontext():
             crc = 0
             for offset, data in self._bytes(tensor, reader):
                 if self.stopped.is_set():
                     raise Stopped
-                self.files.write(tensor.name, offset, data)
+                files.write(tensor.name, offset, data)
                 crc = zlib.crc32(data, crc)
                 self.settings.progress(len(data))
             reader.forget()
-        self.journal.add(tensor.name, crc)
-        self.files.finished(tensor.name)
+        journal.add(tensor.name, crc)
+        files.finished(tensor.name)
 
     def _bytes(self, tensor: TensorPlan, reader: Reader) -> Iterator[tuple[int, memoryview]]:
         """The bytes of the result in parts, in order: (offset in the tensor, bytes)."""
@@ -164,7 +172,7 @@ class _Run:
         size = ITEM_SIZES[tensor.dtype]
         out = torch.empty(min(tensor.count, chunk), dtype=DTYPES[tensor.dtype])
         first, filled = 0, 0
-        for start, merged in self._merged(tensor, source):
+        for start, merged in self.merged(tensor, source, self.plan.recipe.subspace.output == "task_vector"):
             if filled and filled + merged.numel() > out.numel():
                 yield first * size, self._finish(out[:filled], tensor)
                 first, filled = start, 0
@@ -175,7 +183,8 @@ class _Run:
         if filled:
             yield first * size, self._finish(out[:filled], tensor)
 
-    def _merged(self, tensor: TensorPlan, source: _Inputs) -> Iterator[tuple[int, Tensor]]:
+    def merged(self, tensor: TensorPlan, source: _Inputs, as_delta: bool) -> Iterator[tuple[int, Tensor]]:
+        """The merged values in parts, in order."""
         if tensor.action == "cast":
             for start in range(0, tensor.count, self.settings.chunk):
                 part = source.read(start, min(start + self.settings.chunk, tensor.count))
@@ -186,7 +195,7 @@ class _Run:
         job = Job(
             self.plan.method, tensor.shape, source.read, tensor.options, tensor.per_model, name=tensor.draws_as,
             seed=recipe.subspace.seed, semantics=recipe.subspace.semantics, dtype=self.dtype, device=self.settings.device,
-            chunk=self.settings.chunk, as_delta=recipe.subspace.output == "task_vector",
+            chunk=self.settings.chunk, as_delta=as_delta,
         )  # fmt: skip
         yield from reduce_and_map(job)
 

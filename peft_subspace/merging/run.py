@@ -60,7 +60,7 @@ def merge(
     if plan.recipe.subspace.output == "adapter":
         from .adapters_out import merge_adapters
 
-        return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs)
+        return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
     if plan.recipe.subspace.align is not None:
         raise RecipeError(
             "subspace.align is done before merging, by `peft-subspace align`; a recipe merges models as they are."

@@ -1,0 +1,188 @@
+"""Adapters merged into an adapter that plain PEFT loads: nothing of the model's size is computed where it can be avoided."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..functional.stacked import truncate_sum
+from ..task_vectors.deltas import LoraDelta, TuckerDelta
+from ..task_vectors.errors import InputError, OutputError, RecipeError
+from ..task_vectors.lora_files import (
+    is_adaptable,
+    json_bytes,
+    lora_config,
+    lora_tensors,
+    relative_error,
+    safetensors_bytes,
+    truncated,
+)
+from ..task_vectors.models import Given
+from ..task_vectors.reading import read_tensor
+from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .execute import finite, merged_tensor
+from .files import sync_folder, write_synced
+from .manifest import MANIFEST, make_manifest
+from .outputs import RECIPE_FILE, card
+from .plan import Plan, TensorPlan
+
+Way = Literal["cat", "exact", "dense"]
+REPORT = "merge_report.json"
+SUMS = ("linear", "task_arithmetic")  # methods that are a weighted sum of the deltas
+
+
+@dataclass
+class _Result:
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    report: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def merge_adapters(
+    plan: Plan, out: Path, *, overwrite: bool = False, hash_inputs: bool = False, progress: Callable[[int], None] | None = None
+) -> Path:
+    """Merge the adapters of a plan into one LoRA adapter in `out`.
+
+    With `linear` and `task_arithmetic` the result is `sum_k w_k dW_k` (over the sum of the weights, if normalised), exactly
+    ("cat" and "exact" without a rank) or the nearest of a rank: the QR of the stacked factors and an SVD of a matrix of the
+    summed ranks, no product of the weight's size. Other methods merge each dW as a whole and keep its leading singular vectors.
+
+    Raises:
+        RecipeError: a model that is no adapter, a way to merge that does not fit the method.
+        InputError: tensors that LoRA has no layer for.
+        OutputError: `out` is there already, or cannot be written.
+    """
+    way = _way(plan)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
+    result = _Result()
+    with torch.inference_mode():
+        for tensor in plan.tensors:
+            if tensor.action == "merge":
+                _one(plan, tensor, way, result)
+            elif tensor.action == "copy" and tensor.base is not None and tensor.name not in _known(plan):  # a new head
+                assert tensor.base.values is not None
+                result.saved[tensor.name] = read_tensor(tensor.base.values)
+            if progress is not None:
+                progress(tensor.nbytes)
+        if not result.factors:
+            raise InputError("none of the models changes a weight, so there is no adapter to write.")
+        _write(plan, result, out, overwrite, hash_inputs)
+    return out
+
+
+def _known(plan: Plan) -> set[str]:
+    assert plan.reference.full is not None
+    return set(plan.reference.full.tensors)
+
+
+def _way(plan: Plan) -> Way:
+    recipe = plan.recipe
+    for name, source in zip(plan.names, plan.sources, strict=True):
+        if source.full is not None:
+            raise RecipeError(
+                f"subspace.output is adapter, and {name} is a whole model. Merge into a model, and make an adapter of it with "
+                f"`peft-subspace extract`."
+            )
+    asked = recipe.subspace.adapter.method
+    sums = recipe.merge_method in SUMS and not any(
+        float(model.get("density", 1.0)) < 1 for tensor in plan.tensors for model in tensor.per_model
+    )
+    if asked == "knots" and recipe.merge_method != "knots":
+        raise RecipeError("subspace.adapter.method: knots goes with merge_method: knots.")
+    if asked in ("cat", "exact") and not sums:
+        raise RecipeError(
+            f"subspace.adapter.method: {asked} is for weighted sums (merge_method linear or task_arithmetic, without density). "
+            f"Use `dense` with {recipe.merge_method}."
+        )
+    if asked in ("cat", "exact"):
+        return "cat" if asked == "cat" else "exact"
+    return "exact" if sums and asked is None else "dense"
+
+
+def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
+    if any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
+        result.saved[tensor.name] = merged_tensor(plan, tensor).float()
+        return
+    if not is_adaptable(tensor.name, tensor.shape):
+        raise InputError(f"{tensor.name!r} {list(tensor.shape)} is changed, and LoRA has no layer for it. Use `output: model`.")
+    options = plan.recipe.subspace.adapter
+    if way == "dense":
+        delta = merged_tensor(plan, tensor, as_delta=True).reshape(tensor.shape[0], -1).float()
+        rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
+        left, right, discarded = truncated(delta, rank, options.energy)
+    else:
+        factors, weights = _stacked(plan, tensor)
+        if way == "cat":
+            left = torch.cat([weight * up for weight, (up, _) in zip(weights, factors, strict=True)], dim=1)
+            right, discarded = torch.cat([down for _, down in factors]), 0.0
+        else:
+            left, right, discarded = truncate_sum(factors, weights, rank=options.rank, energy=options.energy)
+    if not finite(left) or not finite(right):
+        raise InputError(f"{tensor.name!r}: the merged update has values that are NaN or infinite.")
+    result.factors[tensor.name] = (left, right)
+    result.report[tensor.name] = {"rank": left.shape[1], "relative_error": relative_error(discarded, 1.0)}
+
+
+def _rank(given: Given) -> int:
+    return sum(delta.rank for delta in given.deltas if isinstance(delta, (LoraDelta, TuckerDelta)))
+
+
+def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+    """All factors of a tensor, and what each is multiplied by."""
+    weights = [float(model.get("weight", 1.0)) for model in tensor.per_model]
+    total = sum(weights)
+    scale = float(tensor.options.get("lambda", 1.0))
+    if tensor.options.get("normalize"):
+        if abs(total) < 1e-8:
+            raise RecipeError(
+                f"the weights for {tensor.name!r} add up to {total:g}, by which the sum cannot be divided: normalize: false."
+            )
+        scale /= total
+    factors, scales = [], []
+    for weight, model in zip(weights, tensor.models, strict=True):
+        for delta in model.deltas:
+            assert isinstance(delta, (LoraDelta, TuckerDelta))
+            factors.append(delta.factors(read_tensor))
+            scales.append(weight * scale)
+    return factors, scales
+
+
+def _write(plan: Plan, result: _Result, out: Path, overwrite: bool, hash_inputs: bool) -> None:
+    base = plan.reference.full
+    assert base is not None
+    model_type = base.config.get("model_type")
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+    tensors, rank = lora_tensors(result.factors, shapes, model_type)
+    tensors.update({f"base_model.model.{name}": values for name, values in result.saved.items()})
+    modules = [name.removesuffix(".weight") for name in result.factors]
+    saved = sorted({name.rpartition(".")[0] for name in result.saved})
+    base_name = str(plan.recipe.base_model.model) if plan.recipe.base_model else ""
+    config = lora_config(modules, rank, base.tensors, base.config, base_name, saved)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_synced(partial / ADAPTER_WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
+        write_synced(partial / ADAPTER_CONFIG, json_bytes(config))
+        write_synced(partial / RECIPE_FILE, plan.recipe.to_yaml().encode())
+        write_synced(partial / "README.md", card(plan, "adapter").encode())
+        write_synced(partial / REPORT, json_bytes(result.report))
+        manifest = make_manifest(plan, {}, partial, hash_inputs)
+        write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+        if out.exists() and overwrite:
+            shutil.rmtree(out)
+        os.rename(partial, out)
+        sync_folder(out.absolute().parent)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
