@@ -136,3 +136,98 @@ def verify(
         console.warn(f"the input {name} is not there any more")
     text = f"{found.files} files ({console.size(found.bytes)}) are as they were written"
     console.say(f"{folder}: {text}" + (f", {found.inputs} files of the inputs as they were read." if inputs else "."), quiet)
+
+
+@app.command()
+def extract(
+    model: Annotated[str, typer.Argument(help="The fine-tuned model: folder, Hub id, model@revision, model+lora.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the adapter, or the task-vector file.")],
+    base: Annotated[str, typer.Option(help="The model that it was made from.")],
+    rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the LoRA; the largest with --energy.")] = None,  # noqa: UP045
+    energy: Annotated[Optional[float], typer.Option(help="Share of the squared norm to keep, such as 0.9.")] = None,  # noqa: UP045
+    task_vector: Annotated[bool, typer.Option("--task-vector", help="Write the difference as it is.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a LoRA adapter or a task-vector file out of a fine-tuned model and its base."""
+    from ..task_vectors.errors import OutputError, RecipeError
+    from ..task_vectors.extract import extract_lora
+    from ..task_vectors.pickles import pickles_allowed
+    from ..task_vectors.task_vector import TaskVector
+
+    if task_vector and (rank is not None or energy is not None):
+        raise RecipeError("--task-vector keeps everything; leave out --rank and --energy.")
+    with pickles_allowed(allow_pickle, out.parent):
+        if task_vector:
+            if out.suffix != ".safetensors":
+                raise RecipeError(f"{out}: a task vector is one file; give a name that ends in .safetensors.")
+            if out.exists() and not overwrite:
+                raise OutputError(f"{out}: is there already. Choose another name, or pass --overwrite.")
+            vector = TaskVector.open(model, base)
+            vector.save(out)
+            console.say(f"{out}: {len(vector)} tensors, {console.size(out.stat().st_size)}, norm {vector.norm():.4g}.", quiet)
+            return
+        found = extract_lora(model, base, out, rank=rank, energy=energy, overwrite=overwrite)
+    ranks = sorted(set(found.ranks.values()))
+    spread = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    console.say(f"{out}: {len(found.ranks)} weights, rank {spread}, {found.parameters:,} values.", quiet)
+    console.say(f"Relative error of the whole difference: {found.error:.3g}", quiet)
+    if found.left_out:
+        share = sum(found.left_out.values())
+        console.say(
+            f"Left out, for LoRA has no layer for them: {len(found.left_out)} tensors, {share:.2%} of the squared norm.", quiet
+        )
+
+
+@app.command()
+def inspect(
+    models: Annotated[list[str], typer.Argument(help="Fine-tuned models, adapters or task-vector files.", show_default=False)],
+    base: Annotated[Optional[str], typer.Option(help="The model that they were made from.")] = None,  # noqa: UP045
+    spectrum: Annotated[bool, typer.Option("--spectrum", help="Singular values too; needs each matrix whole.")] = False,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw a picture into this file (.png, .svg, .pdf).")] = None,  # noqa: UP045
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Norms, cosines, sign conflict, density and spectrum of task vectors."""
+    import torch
+
+    from ..task_vectors.compare import compare
+    from ..task_vectors.models import open_source, without_base
+    from ..task_vectors.pickles import pickles_allowed
+    from ..task_vectors.task_vector import TaskVector
+    from .inspection import draw, show
+
+    with pickles_allowed(allow_pickle), torch.inference_mode():
+        own = None if base is None else open_source(base)
+        vectors = [TaskVector.of_source(without_base(open_source(model), own), own) for model in models]
+        names = {name: 1 for vector in vectors for name in vector.shapes}
+        shapes = {name: vector.shapes[name] for vector in vectors for name in vector.shapes}
+        import math
+
+        total = 4 * sum(math.prod(shapes[name]) for name in names)
+        with console.progress("Reading", total, quiet) as progress:
+            found = compare(vectors, models, spectrum=spectrum, progress=progress)
+    if not quiet:
+        show(found)
+    if plot is not None:
+        draw(found, plot)
+        console.say(f"{plot}: drawn.", quiet)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="An adapter of this package: folder or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the LoRA adapter.")],
+    base: Annotated[Optional[str], typer.Option(help="The base, if the adapter's config does not name it.")] = None,  # noqa: UP045
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn an adapter of this package into plain LoRA, which serving engines read: the same update, no SVD."""
+    from ..task_vectors.errors import OutputError
+    from .exporting import export_lora
+
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
+    export_lora(adapter, out, base)
+    console.say(f"{out}: a LoRA adapter for plain PEFT.", quiet)
