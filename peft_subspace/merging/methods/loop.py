@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_subspace.merging.methods.registry import BLOCK, Inputs, Kind, Method, Semantics, get
+from peft_subspace.merging.methods.registry import BLOCK, Inputs, Kind, Method, Semantics
 
 TILE = 32 * BLOCK  # 128 K elements: small enough for a core's caches, large enough that a call costs nothing beside its work
 CHUNK = 32 * TILE  # 4 M elements
@@ -178,100 +178,5 @@ def map_tensor(job: Job, reduced: Mapping[str, Any]) -> Iterator[tuple[int, Tens
 
 
 def reduce_and_map(job: Job) -> Iterator[tuple[int, Tensor]]:
-    """Run a method's passes, then yield the merged tensor in parts, in order. The engine and `merge_tensors` both call this."""
+    """Run a method's passes, then yield the merged tensor in parts, in order. Engine and `merge_tensors` both call this."""
     yield from map_tensor(job, reduce_tensors([job]))
-
-
-def merge_tensors(
-    method: Method | str,
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
-    per_model: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    are_deltas: bool = False,
-    as_delta: bool = False,
-    statistics: Sequence[Tensor] | None = None,
-    name: str = "weight",
-    seed: int = 0,
-    semantics: Semantics = "mergekit",
-    dtype: torch.dtype = torch.float32,
-    chunk: int = CHUNK,
-) -> Tensor:
-    """Merge K tensors in memory, by the same loop as the engine.
-
-    Args:
-        method: A method or its name.
-        base: theta_0, or None for a merge without a base.
-        tensors: K tensors of one shape: theta_k, or tau_k with `are_deltas`.
-        weights: K factors, by default `weight` of `per_model`, else 1.
-        options: Global parameters of the method.
-        per_model: K mappings of its parameters of scope "model"; one value for all may stand in `options` instead.
-        are_deltas: `tensors` are theta_k - theta_0.
-        as_delta: Return the merged delta, not theta_0 + delta.
-        statistics: K tensors, for the methods that need them.
-        name: Of the tensor; random methods draw by it.
-        seed: Of random methods.
-        semantics: Whose definition to follow where tools differ.
-        dtype: Of the computation and of the result.
-        chunk: Elements to work on at a time; the result does not depend on it.
-
-    Returns:
-        The merged tensor, a new one.
-
-    Raises:
-        ValueError: Unknown method or parameter, a value outside its range, a wrong number of tensors, or shapes that differ.
-    """
-    method = get(method) if isinstance(method, str) else method
-    _check(method, base, tensors, weights, statistics)
-    options, per_model = spread(method, options or {}, per_model, len(tensors))
-
-    def read(start: int, stop: int) -> Part:
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor.detach().reshape(-1)[start:stop]
-
-        found = statistics
-        if statistics is not None and statistics[0].shape == tensors[0].shape:
-            found = [cut(statistic) for statistic in statistics]
-        flags = [True] * len(tensors) if are_deltas else ()
-        return Part(None if base is None else cut(base), [cut(tensor) for tensor in tensors], flags, found)
-
-    shape, device = tuple(tensors[0].shape), tensors[0].device
-    job = Job(method, shape, read, options, per_model, weights, name, seed, semantics, dtype, device, chunk, as_delta)
-    out = torch.empty(job.count, dtype=dtype, device=device)
-    for start, merged in reduce_and_map(job):
-        out[start : start + merged.numel()] = merged
-    return out.view(shape)
-
-
-def spread(
-    method: Method, options: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]] | None, count: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Give each model the values of its parameters that stand in `options` for all of them; its own come first."""
-    shared = {key: value for key, value in options.items() if method.parameter(key).scope == "model"}
-    own = [{**shared, **given} for given in (per_model if per_model is not None else [{}] * count)]
-    return {key: value for key, value in options.items() if key not in shared}, own
-
-
-def _check(
-    method: Method,
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float] | None,
-    statistics: Sequence[Tensor] | None,
-) -> None:
-    """Raise a ValueError unless the tensors are what the method takes."""
-    most = math.inf if method.maximum is None else method.maximum
-    if not max(1, method.minimum) <= len(tensors) <= most:
-        accepted = f"{method.minimum}" if method.minimum == most else f"{method.minimum} or more"
-        raise ValueError(f"merge method {method.name!r} takes {accepted} models beside the base, got {len(tensors)}")
-    if method.needs_base and base is None:
-        raise ValueError(f"merge method {method.name!r} needs a base model; give one, or merge with 'linear'")
-    shapes = [tuple(tensor.shape) for tensor in ([] if base is None else [base]) + list(tensors)]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"tensors to be merged must have one shape, got {', '.join(map(str, shapes))}")
-    if weights is not None and len(weights) != len(tensors):
-        raise ValueError(f"got {len(weights)} weights for {len(tensors)} models")
-    if method.statistics and statistics is None:
-        raise ValueError(f"merge method {method.name!r} needs statistics: {method.statistics}, for each model")

@@ -118,21 +118,18 @@ def multislerp(inputs: Inputs) -> Tensor:
     """
     weights = list(inputs.weights)
     if inputs.options["normalize_weights"]:
-        total = sum(weights)
-        if total == 0:
-            raise ValueError(f"multislerp of {inputs.name}: the weights sum to 0; set normalize_weights: false, or change them")
-        weights = [weight / total for weight in weights]
+        weights = [weight / sum(inputs.weights) for weight in weights]
     if len(weights) == 1:
         return inputs.tensors[0].clone()
     gram, eps = inputs.reduced["gram"], inputs.options["eps"]
     lengths = gram.diagonal().sqrt()
     units = torch.tensor(weights, dtype=torch.float64) / (lengths + eps)
     length = float((units @ gram @ units).clamp_min(0).sqrt())
-    if length < eps and len(weights) > 2:
+    radius = sum(weight * float(each) for weight, each in zip(weights, lengths, strict=True))
+    if length < eps and len(weights) > 2 and lengths.any():
         raise ValueError(
             f"multislerp of {inputs.name}: the weighted unit vectors cancel and leave no direction; change the weights"
         )
-    radius = sum(weight * float(each) for weight, each in zip(weights, lengths, strict=True))
     coefficients = weights if length < eps else (units * (radius / length)).tolist()
     return weighted_sum(inputs.tensors, coefficients)
 
@@ -181,12 +178,9 @@ def karcher(inputs: Inputs) -> Tensor:
     Cost: 2 reads, whatever the number of iterations.
     Source: Karcher mean (arXiv:2603.04972), mergekit's `karcher`.
     """
-    total = sum(inputs.weights)
-    if total == 0:
-        raise ValueError(f"karcher mean of {inputs.name}: the weights sum to 0; change them")
     if len(inputs.tensors) == 1:
         return inputs.tensors[0].clone()
-    weights = [weight / total for weight in inputs.weights]
+    weights = [weight / sum(inputs.weights) for weight in inputs.weights]
     options = inputs.options
     return weighted_sum(
         inputs.tensors, karcher_coefficients(inputs.reduced["gram"], weights, options["max_iter"], options["tol"])

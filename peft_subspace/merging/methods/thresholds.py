@@ -32,7 +32,7 @@ class Top:
     """The k largest magnitudes of a tensor.
 
     Args:
-        value: The k-th largest magnitude; infinity for k = 0, -1 for "all".
+        value: The k-th largest magnitude; -1 for "all".
         left: How many entries of exactly this magnitude belong to the k.
         ties: How many there are.
         cut: Those at this flat position or later do not belong; None if all do.
@@ -58,7 +58,7 @@ def keep_top(x: Tensor, top: Top, start: int) -> Tensor:
     if top.cut is not None and start >= top.cut:
         return strictly(x, top.value)
     limit = torch.tensor(top.value, dtype=x.dtype)
-    below = math.inf if math.isinf(top.value) else torch.nextafter(limit, torch.zeros_like(limit)).item()
+    below = torch.nextafter(limit, torch.zeros_like(limit)).item()
     if top.cut is None or start + x.numel() <= top.cut:
         return strictly(x, below)
     inside = top.cut - start
@@ -107,7 +107,7 @@ class _Coarse:
             found.append([])
             for k in ranks:
                 if k <= 0:
-                    found[-1].append(Top(math.inf))
+                    found[-1].append(Top(math.inf, cut=0))
                 elif k >= state["count"]:
                     found[-1].append(Top(-1.0))
                 else:
