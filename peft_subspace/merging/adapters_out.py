@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..functional.stacked import truncate_sum
+from ..task_vectors.adapters import PEFT_PREFIX
 from ..task_vectors.deltas import LoraDelta, TuckerDelta
 from ..task_vectors.errors import InputError, OutputError, RecipeError
 from ..task_vectors.lora_files import (
@@ -21,6 +22,7 @@ from ..task_vectors.lora_files import (
     json_bytes,
     lora_config,
     lora_tensors,
+    modules_of,
     relative_error,
     safetensors_bytes,
     truncated,
@@ -161,9 +163,11 @@ def _write(plan: Plan, result: _Result, out: Path, overwrite: bool, hash_inputs:
     assert base is not None
     model_type = base.config.get("model_type")
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
-    tensors, rank = lora_tensors(result.factors, shapes, model_type)
-    tensors.update({f"base_model.model.{name}": values for name, values in result.saved.items()})
-    modules = [name.removesuffix(".weight") for name in result.factors]
+    modules = modules_of(result.factors, base.tensors, base.config)
+    tensors, rank = lora_tensors(result.factors, shapes, modules, model_type)
+    whole = modules_of(result.saved, base.tensors, base.config)
+    for name, values in result.saved.items():
+        tensors[PEFT_PREFIX + (f"{whole[name]}.weight" if name.endswith(".weight") else whole[name])] = values
     saved = sorted({name.rpartition(".")[0] for name in result.saved})
     base_name = str(plan.recipe.base_model.model) if plan.recipe.base_model else ""
     config = lora_config(modules, rank, base.tensors, base.config, base_name, saved)

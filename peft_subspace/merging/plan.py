@@ -224,9 +224,7 @@ class _Planner:
         embeddings = self.recipe.subspace.embeddings
         if embeddings == "pad_from_base" and self.base is None:
             raise RecipeError("embeddings: pad_from_base needs a base_model to take the rows from.")
-        given, missing, extra = given_by(
-            source, self.known, embeddings=embeddings, model_type=self.config.get("model_type"), tied=self.tied
-        )
+        given, missing, extra = given_by(source, self.known, embeddings=embeddings, config=self.config)
         extra = [key for key in extra if not self._is_tied_extra(source, key)]
         if (missing or extra) and policy == "error":
             lacks = f"lacks {len(missing)} tensors of the base ({shortened(missing)})" if missing else ""

@@ -39,14 +39,16 @@ class Adapter:
     """What an adapter changes, by the names of the model that it was trained on.
 
     Attributes:
-        deltas: weight -> what is added to it.
+        deltas: weight -> what is added to it. A weight `<module>.weight` may stand for a bare parameter of the module.
         saved: weight -> what replaces it (`modules_to_save`, trained biases, BatchNorm statistics).
         base: the model that its config names.
+        bare: ends of the names of parameters that belong to no layer and may be meant by `<module>.weight`.
     """
 
     deltas: dict[str, LowRank] = field(default_factory=dict)
     saved: dict[str, TensorHeader] = field(default_factory=dict)
     base: str | None = None
+    bare: tuple[str, ...] = ()
 
 
 def read_adapter(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
@@ -144,29 +146,39 @@ def _flora(checkpoint: Checkpoint, model_type: str | None) -> Adapter:
     deltas: dict[str, LowRank] = {}
     for (module, weight), tensors in parts.items():
         deltas[f"{module}.{weight or 'weight'}"] = _tucker(checkpoint, module, weight, tensors, model_type)
-    return Adapter(deltas, saved, checkpoint.config.get("base_model_name_or_path"))
+    return Adapter(deltas, saved, checkpoint.config.get("base_model_name_or_path"), tuple(_bare(checkpoint)))
 
 
 def _tucker(
     checkpoint: Checkpoint, module: str, weight: str | None, tensors: dict[str, TensorHeader], model_type: str | None
 ) -> TuckerDelta:
     core = tensors.get("core")
-    if core is None or len(core.shape) < 2:
-        raise InputError(f"{checkpoint.name}: {module!r} has no core of two or more modes.")
+    if core is None or not core.shape:
+        raise InputError(f"{checkpoint.name}: {module!r} has no core.")
     modes = tuple(tensors.get(f"factor_{mode}") for mode in range(len(core.shape)))
     for mode, rank in zip(modes, core.shape, strict=True):
         if mode is not None and (len(mode.shape) != 2 or mode.shape[1] != rank):
             raise InputError(f"{checkpoint.name}: {module!r} has a factor {list(mode.shape)} for its core {list(core.shape)}.")
-    delta = TuckerDelta(core, modes, 1.0)
-    embedding = weight is None and len(core.shape) == 2 and re.search(r"embed|wte|wpe|shared", module.rpartition(".")[2])
-    scale = _flora_scale(checkpoint, module, weight)
+    shape = TuckerDelta(core, modes, 1.0).canonical_shape
+    owner = module.replace(".base_layer", "")
+    bare = weight is None and any(f".{owner}".endswith(f".{name.rpartition('.')[0]}") for name in _bare(checkpoint))
+    matrix = weight is None and not bare and len(core.shape) == 2
+    embedding = matrix and re.search(r"embed|wte|wpe|shared", module.rpartition(".")[2]) is not None
+    scale = _flora_scale(checkpoint, owner, weight, bare)
     if scale is None:
-        scale = default_flora_scale(delta.canonical_shape, core.shape, bool(embedding), weight is not None)
-    swapped = bool(embedding) or (model_type in CONV1D_MODELS and weight is None and len(core.shape) == 2)
-    return TuckerDelta(core, modes, scale, swapped)
+        scale = default_flora_scale(shape, core.shape, embedding, bare)
+    return TuckerDelta(core, modes, scale, swapped=embedding or (matrix and model_type in CONV1D_MODELS))
 
 
-def _flora_scale(checkpoint: Checkpoint, module: str, weight: str | None) -> float | None:
+def _bare(checkpoint: Checkpoint) -> list[str]:
+    """`target_parameters`: parameters that belong to no layer, such as stacks of experts."""
+    return [name for name in checkpoint.config.get("target_parameters") or [] if isinstance(name, str)]
+
+
+def _flora_scale(checkpoint: Checkpoint, module: str, weight: str | None, bare: bool) -> float | None:
+    """The scale that the config gives, by the rules of `SubspaceConfig.for_layer`."""
+    if bare and checkpoint.config.get("scale_pattern"):
+        raise InputError(f"{checkpoint.name}: a scale_pattern on target_parameters ({module!r}) is not supported.")
     marker = object()
     for key in (f"{module}.{weight or 'weight'}", module):
         scale = _pattern(checkpoint, "scale_pattern", key, marker)
@@ -181,7 +193,7 @@ def default_flora_scale(shape: tuple[int, ...], ranks: Iterable[int], embedding:
     first = next(iter(ranks))
     if embedding:
         return 4 * math.sqrt(first)
-    modes = shape[-1:] if bare and len(shape) > 2 else shape[1:]
+    modes = shape[-1:] if bare and len(shape) != 2 else shape[1:]
     return 2 * math.sqrt(2 * first / 3) / math.prod(math.sqrt(size / 2) for size in modes)
 
 

@@ -106,8 +106,8 @@ class TuckerDelta:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        first, second, *rest = self.canonical_shape
-        return (second, first, *rest) if self.swapped else (first, second, *rest)
+        shape = self.canonical_shape
+        return (shape[1], shape[0], *shape[2:]) if self.swapped else shape
 
     @property
     def headers(self) -> tuple[TensorHeader, ...]:
@@ -128,7 +128,7 @@ class TuckerDelta:
         if self.swapped:
             core, factors[:2] = core.transpose(0, 1), factors[1::-1]
         left = torch.eye(core.shape[0], dtype=core.dtype) if factors[0] is None else factors[0]
-        return left.float(), reconstruct(core, [None, *factors[1:]]).flatten(1).float()
+        return left.float(), reconstruct(core, [None, *factors[1:]]).reshape(core.shape[0], -1).float()
 
 
 LowRank = LoraDelta | TuckerDelta

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from .deltas import columns_of
 from .errors import InputError, OutputError, RecipeError
-from .lora_files import is_adaptable, json_bytes, lora_config, lora_tensors, relative_error, safetensors_bytes, truncated
+from .lora_files import (
+    is_adaptable,
+    json_bytes,
+    lora_config,
+    lora_tensors,
+    modules_of,
+    relative_error,
+    safetensors_bytes,
+    truncated,
+)
 from .models import open_source, without_base
 from .sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .task_vector import TaskVector
@@ -83,9 +92,9 @@ def extract_lora(
         if not factors:
             raise InputError(f"{model}: no weight that LoRA has a layer for differs from {base}.")
         model_type = source.full.config.get("model_type")
-        tensors, largest = lora_tensors(factors, vector.shapes, model_type)
+        modules = modules_of(factors, source.full.tensors, source.full.config)
+        tensors, largest = lora_tensors(factors, vector.shapes, modules, model_type)
         found.parameters = sum(tensor.numel() for tensor in tensors.values())
-        modules = [name.removesuffix(".weight") for name in factors]
         config = lora_config(modules, largest, source.full.tensors, source.full.config, base, [])
         _write(
             out, {ADAPTER_WEIGHTS: safetensors_bytes(tensors, {"format": "pt"}), ADAPTER_CONFIG: json_bytes(config)}, overwrite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .adapters import CONV1D_MODELS, PEFT_PREFIX
 from .headers import ITEM_SIZES, TensorHeader, encode_header
+from .renaming import names_in_memory
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -35,20 +36,30 @@ def is_adaptable(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and 2 <= len(shape) <= 5
 
 
+def modules_of(names: Iterable[str], base: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> dict[str, str]:
+    """Weight in the base's file -> name of its module in memory, which an adapter goes by."""
+    stored = {stored: name for name, stored in names_in_memory(base, config).items()}
+    return {name: stored.get(name, name).removesuffix(".weight") for name in names}
+
+
 def lora_tensors(
-    factors: Mapping[str, tuple[Tensor, Tensor]], shapes: Mapping[str, tuple[int, ...]], model_type: str | None
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    modules: Mapping[str, str],
+    model_type: str | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Tensors of an adapter file with one rank, the largest: smaller ones are filled with zeros, as serving engines need.
 
     Args:
         factors: weight -> left `[rows, r]` and right `[r, columns]`.
         shapes: weight -> its shape in the base.
+        modules: weight -> name of its module, see `modules_of`.
         model_type: of the base: GPT-2 and a few others store linear weights as `[in, out]`.
     """
     rank = max(left.shape[1] for left, _ in factors.values())
     tensors: dict[str, Tensor] = {}
     for name, (left, right) in factors.items():
-        module, missing = PEFT_PREFIX + name.removesuffix(".weight"), rank - left.shape[1]
+        module, missing = PEFT_PREFIX + modules[name], rank - left.shape[1]
         left, right = torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
         kernel = shapes[name][2:]
         if is_embedding(name):
@@ -70,7 +81,7 @@ def is_transposed(name: str, model_type: str | None) -> bool:
 
 
 def lora_config(
-    modules: list[str],
+    modules: Mapping[str, str],
     rank: int,
     base: Mapping[str, TensorHeader],
     base_config: Mapping[str, Any],
@@ -80,10 +91,18 @@ def lora_config(
     """adapter_config.json of an adapter whose scale is in its factors (`lora_alpha = r`).
 
     `target_modules` has the last parts of the names if that hits the same layers, else the whole names.
+
+    Args:
+        modules: weight in the base's file -> name of its module.
+        rank: of all of them.
+        base: tensors of the base.
+        base_config: its config.json.
+        base_name: what PEFT loads.
+        saved: modules that are in the file whole.
     """
-    ends = sorted({module.rpartition(".")[2] for module in modules})
-    weights = [name.removesuffix(".weight") for name, tensor in base.items() if is_adaptable(name, tensor.shape)]
-    hit = {name for name in weights if name.rpartition(".")[2] in ends}
+    ends = sorted({module.rpartition(".")[2] for module in modules.values()})
+    all_modules = modules_of((name for name, tensor in base.items() if is_adaptable(name, tensor.shape)), base, base_config)
+    hit = {name for name in all_modules.values() if name.rpartition(".")[2] in ends}
     architecture = next(iter(base_config.get("architectures") or []), "")
     return {
         "peft_type": "LORA",
@@ -96,7 +115,7 @@ def lora_config(
         "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": base_config.get("model_type") in CONV1D_MODELS,
-        "target_modules": ends if hit == set(modules) else sorted(modules),
+        "target_modules": ends if hit == set(modules.values()) else sorted(modules.values()),
         "modules_to_save": sorted(saved) or None,
         "rank_pattern": {},
         "alpha_pattern": {},

@@ -11,6 +11,7 @@ from .deltas import Delta, LoraDelta, StoredDelta, TuckerDelta
 from .errors import InputError
 from .headers import TensorHeader
 from .references import Reference, locate
+from .renaming import names_in_memory
 from .sources import Checkpoint, open_checkpoint
 from .validate import check_shapes, is_buffer, match_names, tied_head
 
@@ -78,8 +79,7 @@ def given_by(
     base: Mapping[str, TensorHeader],
     *,
     embeddings: str = "error",
-    model_type: str | None = None,
-    tied: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Given], list[str], list[str]]:
     """What a source brings to each tensor of the base.
 
@@ -87,8 +87,7 @@ def given_by(
         source: the model.
         base: tensors of the base.
         embeddings: what to do about vocabularies of different sizes.
-        model_type: of the base's config.
-        tied: the base's output head is its embedding.
+        config: of the base, config.json.
 
     Returns:
         name in the base -> what is given; tensors of the base that a whole model lacks; its tensors that the base lacks.
@@ -96,15 +95,16 @@ def given_by(
     Raises:
         InputError: shapes that do not fit, names that match twice, an adapter for layers that the base lacks.
     """
+    config = config or {}
     found: dict[str, Given] = {}
     missing: list[str] = []
     extra: list[str] = []
     for part in source.checkpoints:
         if part.kind == "model":
-            values, missing, extra = _values(part, base, embeddings, tied)
+            values, missing, extra = _values(part, base, embeddings, config.get("tie_word_embeddings", True))
             found = {name: Given(header) for name, header in values.items()}
         else:
-            _add(found, part, base, model_type)
+            _add(found, part, base, config)
     return found, missing, extra
 
 
@@ -123,10 +123,10 @@ def _values(
     return values, missing, extra
 
 
-def _add(found: dict[str, Given], part: Checkpoint, base: Mapping[str, TensorHeader], model_type: str | None) -> None:
+def _add(found: dict[str, Given], part: Checkpoint, base: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> None:
     if part.kind == "adapter":
-        adapter = read_adapter(part, model_type)
-        names = _module_names(part, adapter, base)
+        adapter = read_adapter(part, config.get("model_type"))
+        names = _module_names(part, adapter, base, config)
         deltas: dict[str, Delta] = {name: delta for name, delta in adapter.deltas.items()}
         for theirs, header in adapter.saved.items():
             if theirs in names and header.shape != base[names[theirs]].shape:
@@ -157,16 +157,20 @@ def task_vector_deltas(part: Checkpoint) -> dict[str, Delta]:
     return deltas
 
 
-def _module_names(part: Checkpoint, adapter: Adapter, base: Mapping[str, TensorHeader]) -> dict[str, str]:
-    """Names in the base of all that an adapter changes; a weight may also be MultiheadAttention's `in_proj_weight`."""
-    ours = {name: name for name in base}
-    for name in base:
-        stem, _, last = name.rpartition(".")
-        if last == "in_proj_weight":
-            ours.setdefault(f"{stem}.weight", name)
-        if stem.endswith("out_proj") and last == "weight":  # FLoRA's container is called after the parameter
-            ours.setdefault(f"{stem.removesuffix('out_proj')}out_proj_weight", name)
-    names = {theirs: ours[name] for theirs, name in match_names([*adapter.deltas, *adapter.saved], ours, part.name).items()}
+def _module_names(
+    part: Checkpoint, adapter: Adapter, base: Mapping[str, TensorHeader], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Names in the base of all that an adapter changes.
+
+    An adapter has the names of modules in memory. transformers saves some architectures under older names, so where names
+    are missing it is asked for the new ones, which takes seconds and therefore comes last.
+    """
+    theirs = [*adapter.deltas, *adapter.saved]
+    names = _matched(part, adapter, {name: name for name in base}, base)
+    if any(name not in names for name in theirs):
+        renamed = names_in_memory(base, config)
+        if renamed:
+            names = _matched(part, adapter, renamed, base)
     lost = [name for name in adapter.deltas if name not in names]
     if lost:
         raise InputError(
@@ -174,6 +178,30 @@ def _module_names(part: Checkpoint, adapter: Adapter, base: Mapping[str, TensorH
             f"{adapter.base or 'another model'}."
         )
     return names
+
+
+def _matched(part: Checkpoint, adapter: Adapter, ours: dict[str, str], base: Mapping[str, TensorHeader]) -> dict[str, str]:
+    """Adapter's name -> name in the base's file, given the base's names in memory -> in its file."""
+    known = dict(ours)
+    for name, stored in ours.items():
+        stem, _, last = name.rpartition(".")
+        if last == "in_proj_weight":  # MultiheadAttention, whose LoRA is called after the module
+            known.setdefault(f"{stem}.weight", stored)
+        if stem.endswith("out_proj") and last == "weight":  # FLoRA's container is called after the parameter
+            known.setdefault(f"{stem.removesuffix('out_proj')}out_proj_weight", stored)
+    for name, delta in adapter.deltas.items():
+        owner = name.removesuffix(".weight").replace(".base_layer", "")
+        found = [
+            stored
+            for ours_name, stored in ours.items()
+            if ours_name.rpartition(".")[0].endswith(owner)
+            and ours_name.endswith(adapter.bare)
+            and base[stored].shape == delta.shape
+        ]
+        if name not in known and adapter.bare and len(found) == 1:
+            known[name] = found[0]
+    names = match_names([*adapter.deltas, *adapter.saved], known, part.name)
+    return {theirs: known[name] for theirs, name in names.items()}
 
 
 def extra_saved(source: Source, base: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
@@ -193,6 +221,8 @@ def _fitted(part: Checkpoint, name: str, delta: Delta, shape: tuple[int, ...]) -
         return delta
     if isinstance(delta, LoraDelta) and (flipped := replace(delta, transposed=not delta.transposed)).shape == shape:
         return flipped
-    if isinstance(delta, TuckerDelta) and (swapped := replace(delta, swapped=not delta.swapped)).shape == shape:
-        return swapped
+    if isinstance(delta, TuckerDelta) and len(shape) > 1 and len(delta.core.shape) > 1:
+        swapped = replace(delta, swapped=not delta.swapped)
+        if swapped.shape == shape:
+            return swapped
     raise InputError(f"{part.name}: its delta for {name!r} is {list(delta.shape or ())}, the base's weight is {list(shape)}.")

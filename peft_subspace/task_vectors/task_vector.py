@@ -69,12 +69,7 @@ class TaskVector:
         if base.full is None:
             raise InputError(f"{base.reference} is an adapter or a task vector and no base.")
         known = base.full.tensors
-        given, missing, extra = given_by(
-            source,
-            known,
-            model_type=base.full.config.get("model_type"),
-            tied=base.full.config.get("tie_word_embeddings", True),
-        )
+        given, missing, extra = given_by(source, known, config=base.full.config)
         given = {name: one for name, one in given.items() if is_float(known[name])}
         if not given:
             raise InputError(f"{source.reference}: none of its {len(missing) + len(extra)} tensors is in {base.reference}.")
