@@ -83,7 +83,7 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Merge models or adapters by a recipe."""
-    from ..merging.plan import make_plan
+    from ..merging.planner import make_plan
     from ..merging.recipe import load_recipe, make_recipe
     from ..merging.run import merge as merge_recipe
     from ..task_vectors.errors import RecipeError

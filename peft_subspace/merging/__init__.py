@@ -1,7 +1,8 @@
 """Merging of models and adapters by recipe: `merge(recipe, out)`. See docs/merging.md. Importing it imports no torch."""
 
 from .manifest import verify
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .recipe import Recipe, load_recipe
 from .run import merge
 

@@ -77,6 +77,8 @@ def _config(config: dict[str, Any], plan: Plan) -> bytes:
         if key in config and dtype is not None:
             config[key] = dtype
     config.pop("_name_or_path", None)
+    if plan.untied:
+        config["tie_word_embeddings"] = False
     return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
 
 

@@ -14,7 +14,8 @@ from .files import OutputFiles, disk_error, sync_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
 from .outputs import RECIPE_FILE, card, side_files, write_side_files
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .recipe import Recipe, load_recipe, make_recipe
 
 SPARE = 64 * 2**20  # bytes for config, tokenizer and manifest

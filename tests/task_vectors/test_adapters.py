@@ -110,7 +110,7 @@ FLORA = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`", "ignore:Input and output embeddings")
 @pytest.mark.parametrize("scale", [None, 2.0])
 @pytest.mark.parametrize("case", FLORA)
 def test_flora_is_what_peft_merges(case: str, scale: float | None, tmp_path: Path) -> None:
