@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from ..task_vectors.lora_files import (
 from ..task_vectors.models import Given
 from ..task_vectors.reading import read_tensor
 from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .execute import finite, merged_tensor
+from .execute import Settings, finite, merged_tensor, whole_model_passes
 from .files import sync_folder, write_synced
 from .manifest import MANIFEST, make_manifest
 from .outputs import RECIPE_FILE, card
@@ -46,6 +46,7 @@ class _Result:
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, dict[str, float]] = field(default_factory=dict)
+    reduced: dict[str, Any] | None = None
 
 
 def merge_adapters(
@@ -67,6 +68,7 @@ def merge_adapters(
         raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
     result = _Result()
     with torch.inference_mode():
+        result.reduced = whole_model_passes(plan, Settings())
         for tensor in plan.tensors:
             if tensor.action == "merge":
                 _one(plan, tensor, way, result)
@@ -112,13 +114,13 @@ def _way(plan: Plan) -> Way:
 
 def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
     if any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
-        result.saved[tensor.name] = merged_tensor(plan, tensor).float()
+        result.saved[tensor.name] = merged_tensor(plan, tensor, reduced=result.reduced).float()
         return
     if not is_adaptable(tensor.name, tensor.shape):
         raise InputError(f"{tensor.name!r} {list(tensor.shape)} is changed, and LoRA has no layer for it. Use `output: model`.")
     options = plan.recipe.subspace.adapter
     if way == "dense":
-        delta = merged_tensor(plan, tensor, as_delta=True).reshape(tensor.shape[0], -1).float()
+        delta = merged_tensor(plan, tensor, True, result.reduced).reshape(tensor.shape[0], -1).float()
         rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
         left, right, discarded = truncated(delta, rank, options.energy)
     else:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ..task_vectors.headers import ITEM_SIZES, TensorHeader
 from ..task_vectors.reading import DTYPES, GivenReader, Reader, read_tensor
 from .files import OutputFiles
 from .journal import Journal, crc_of
-from .methods.loop import Job, Part, reduce_and_map
+from .methods.loop import Job, Part, map_tensor, reduce_tensors
 from .plan import CHUNK, Plan, TensorPlan
 
 AHEAD = 2  # tensors per worker whose bytes the system is asked to fetch
@@ -67,6 +68,7 @@ def execute(plan: Plan, files: OutputFiles, journal: Journal, done: dict[str, in
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        run.reduced = whole_model_passes(plan, settings)
         with ThreadPoolExecutor(settings.threads, thread_name_prefix="merge") as pool:
             try:
                 finished, _ = wait(
@@ -105,9 +107,19 @@ def _same(first: TensorHeader, second: TensorHeader) -> bool:
     return first.dtype == second.dtype and torch.equal(read_tensor(first), read_tensor(second))
 
 
-def merged_tensor(plan: Plan, tensor: TensorPlan, as_delta: bool = False) -> Tensor:
+def whole_model_passes(plan: Plan, settings: Settings) -> dict[str, Any] | None:
+    """What a method has to know of all tensors before it merges one (TIES in the paper's semantics); None for the others."""
+    if plan.recipe.subspace.semantics not in plan.method.whole_model:
+        return None
+    run, reader = _Run(plan, settings), Reader()
+    with torch.inference_mode():
+        return reduce_tensors([run.job(t, _Inputs(run, t, reader)) for t in plan.tensors if t.action == "merge"])
+
+
+def merged_tensor(plan: Plan, tensor: TensorPlan, as_delta: bool = False, reduced: dict[str, Any] | None = None) -> Tensor:
     """One merged tensor in memory, in the dtype of the computation; the merged delta with `as_delta`."""
     run = _Run(plan, Settings())
+    run.reduced = reduced
     source = _Inputs(run, tensor, Reader())
     return torch.cat([values.clone() for _, values in run.merged(tensor, source, as_delta)]).reshape(tensor.shape)
 
@@ -118,6 +130,7 @@ class _Run:
     def __init__(self, plan: Plan, settings: Settings) -> None:
         self.plan, self.settings = plan, settings
         self.remaining: list[TensorPlan] = []
+        self.reduced: dict[str, Any] | None = None
         self.next = 0
         self.lock, self.whole_tensors = threading.Lock(), threading.Lock()
         self.stopped = threading.Event()
@@ -191,13 +204,17 @@ class _Run:
                 assert part.base is not None
                 yield start, part.base
             return
-        recipe = self.plan.recipe
-        job = Job(
+        job = self.job(tensor, source, as_delta)
+        yield from map_tensor(job, reduce_tensors([job]) if self.reduced is None else self.reduced)
+
+    def job(self, tensor: TensorPlan, source: _Inputs, as_delta: bool = False) -> Job:
+        """The merge of one tensor, as the loop takes it."""
+        subspace = self.plan.recipe.subspace
+        return Job(
             self.plan.method, tensor.shape, source.read, tensor.options, tensor.per_model, name=tensor.draws_as,
-            seed=recipe.subspace.seed, semantics=recipe.subspace.semantics, dtype=self.dtype, device=self.settings.device,
+            seed=subspace.seed, semantics=subspace.semantics, dtype=self.dtype, device=self.settings.device,
             chunk=self.settings.chunk, as_delta=as_delta,
         )  # fmt: skip
-        yield from reduce_and_map(job)
 
     def _finish(self, out: Tensor, tensor: TensorPlan) -> memoryview:
         if self.plan.recipe.subspace.non_finite == "error" and not finite(out):
@@ -216,23 +233,30 @@ class _Run:
 
 
 class _Inputs:
-    """Reads the parts of one tensor from the base and all models."""
+    """Reads the parts of one tensor from the base and all models, from its first to its last, once or several times."""
 
     def __init__(self, run: _Run, tensor: TensorPlan, reader: Reader) -> None:
         self.run, self.tensor, self.reader = run, tensor, reader
-        self.base = None if tensor.base is None else GivenReader(tensor.base, run.dtype, reader, 0)
-        slot = 0 if self.base is None else self.base.slots
+        self.base: GivenReader | None = None
+        self.models: list[GivenReader] = []
+        self.slot = 0
+        self.checked = 0
+
+    def _open(self) -> None:
+        tensor, dtype = self.tensor, self.run.dtype
+        self.base = None if tensor.base is None else GivenReader(tensor.base, dtype, self.reader, 0)
+        self.slot = 0 if self.base is None else self.base.slots
         self.models = []
         for given in tensor.models:
-            self.models.append(GivenReader(given, run.dtype, reader, slot))
-            slot += self.models[-1].slots
-        self.slot = slot
-        self.checked = 0
+            self.models.append(GivenReader(given, dtype, self.reader, self.slot))
+            self.slot += self.models[-1].slots
 
     def read(self, start: int, stop: int) -> Part:
         """See `Job.read`. Values are checked the first time that they are read."""
         if self.run.stopped.is_set():
             raise Stopped
+        if start == 0:
+            self._open()
         base = None if self.base is None else self.base.part(start, stop, None)
         tensors = [model.part(start, stop, base) for model in self.models]
         if stop > self.checked:
@@ -241,7 +265,10 @@ class _Inputs:
                 self.run._check(base, self.tensor, "the base")
             for number, tensor in enumerate(tensors):
                 self.run._check(tensor, self.tensor, self.run.plan.names[number])
-        return Part(base, tensors, [model.is_delta for model in self.models], self._statistics(start, stop))
+        part = Part(base, tensors, [model.is_delta for model in self.models], self._statistics(start, stop))
+        if stop == self.tensor.count:
+            self.base, self.models = None, []  # factors of low-rank deltas are not kept for tensors that wait
+        return part
 
     def _statistics(self, start: int, stop: int) -> list[Tensor] | None:
         headers = self.tensor.statistics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..task_vectors.deltas import LoraDelta, StoredDelta, TuckerDelta
 from ..task_vectors.errors import InputError, RecipeError
@@ -144,12 +145,15 @@ class _Planner:
             options, per_model = resolve(self.method, recipe.parameters, tables, name, depth)
         except ValueError as error:
             raise RecipeError(f"parameters for {name!r}: {error}.") from error
+        self._check_together(name, options, per_model)
         unchanged = has_base and self.method.acts_on == "delta" and all(not m.headers for m in models)
         if unchanged:
             action = "copy" if code == header.dtype and not base.deltas else "cast"
             return TensorPlan(name, header.shape, code, base, (), action)
         needs_base = (
-            self.method.base != "ignored" or any(m.values is None for m in models) or recipe.subspace.output == "task_vector"
+            self.method.base != "ignored"
+            or any(m.values is None or m.values.count < header.count for m in models)
+            or recipe.subspace.output == "task_vector"
         )
         partner = (tied_head(name, self.known) if self.tied else None) or name
         kept = base if has_base and needs_base else None
@@ -158,6 +162,15 @@ class _Planner:
         return TensorPlan(
             name, header.shape, code, kept, tuple(models), "merge", options, tuple(per_model), partner, statistics
         )
+
+    def _check_together(self, name: str, options: Mapping[str, Any], per_model: list[dict[str, Any]]) -> None:
+        if self.method.check is None:
+            return
+        weights = [float(given.get("weight", 1.0)) for given in per_model]
+        try:
+            self.method.check(options, per_model, weights, self.recipe.subspace.semantics)
+        except ValueError as error:
+            raise RecipeError(f"parameters for {name!r}: {error}.") from error
 
     def _new_heads(self) -> list[TensorPlan]:
         """Whole tensors of adapters that the base lacks: kept if only one adapter brings them."""

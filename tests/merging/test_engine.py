@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peft_subspace.merging import execute, make_plan, merge, verify
-from peft_subspace.merging.methods.memory import merge_tensors, spread
+from peft_subspace.merging.methods.memory import merge_state_dicts, merge_tensors, spread
 from peft_subspace.merging.methods.registry import get, names
 from peft_subspace.merging.recipe import make_recipe
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError, VerifyError
@@ -58,6 +58,17 @@ def test_files_hold_what_the_method_says(method: str, tmp_path: Path) -> None:
         expected = merge_tensors(found, base, own, None, options, per_model, name=name)
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected.to(torch.bfloat16)), name
+
+
+def test_one_threshold_for_the_whole_model(tmp_path: Path) -> None:
+    """TIES in the paper's semantics trims by the entries of all tensors together."""
+    models = trio(tmp_path)
+    table = recipe(tmp_path, "ties", parameters={"density": 0.3}, subspace={"semantics": "paper"})
+    merged = read(merge(table, tmp_path / "out", threads=2))
+    weights = [0.5, 0.6, 0.7]
+    tensors = [models[name] for name in "abc"]
+    expected = merge_state_dicts("ties", models["base"], tensors, weights, {"density": 0.3}, semantics="paper")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "della", "slerp", "model_stock", "tsv_m"])
@@ -173,7 +184,7 @@ def test_names_are_matched_by_prefix_never_by_position(tmp_path: Path) -> None:
 def test_other_shapes_are_listed(tmp_path: Path) -> None:
     trio(tmp_path)
     write(tmp_path / "a", random_tensors(1, width=24))
-    with pytest.raises(InputError, match=r"14 tensors have other shapes than in the base: .*'model.layers.0.*and 9 more"):
+    with pytest.raises(InputError, match=r"15 tensors have other shapes than in the base: .*'model.layers.0.*and 10 more"):
         merge(recipe(tmp_path), tmp_path / "out")
 
 
@@ -195,6 +206,10 @@ def test_vocabularies_of_other_sizes(tmp_path: Path) -> None:
     base, b, c = (models[name]["lm_head.weight"] for name in ("base", "b", "c"))
     assert torch.equal(padded[:30], plain["lm_head.weight"][:30])
     torch.testing.assert_close(padded[30:], (base + 0.6 * (b - base) + 0.7 * (c - base))[30:])
+    mean = read(merge(recipe(tmp_path, "linear", subspace={"embeddings": "pad_from_base"}), tmp_path / "mean"))[
+        "lm_head.weight"
+    ]
+    torch.testing.assert_close(mean[30:], ((0.5 * base + 0.6 * b + 0.7 * c) / 1.8)[30:])
 
 
 def _tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
