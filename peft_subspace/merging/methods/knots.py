@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peft_subspace.merging.methods.consensus import add, elect
 from peft_subspace.merging.methods.registry import Inputs
+from peft_subspace.merging.methods.singular import numerical_rank
 from peft_subspace.merging.methods.thresholds import exact_top
 
 
@@ -33,8 +34,7 @@ def align(deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         U `[m, q]`, s `[q]`, and K blocks V_k `[q, n]`; q is the numerical rank.
     """
     u, s, v = torch.linalg.svd(torch.cat(list(deltas), 1), full_matrices=False)
-    # directions without strength carry rounding errors of unit length in V
-    rank = max(1, int((s > s[0] * max(u.shape[0], v.shape[1]) * torch.finfo(s.dtype).eps).sum())) if s.numel() else 0
+    rank = numerical_rank(s, max(u.shape[0], v.shape[1]))  # the others carry rounding errors of unit length in V
     return u[:, :rank], s[:rank], list(v[:rank].split([delta.shape[1] for delta in deltas], 1))
 
 
@@ -54,7 +54,7 @@ def align_factors(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
         [block @ r.t() for block, (_, r) in zip(left.split([b.shape[1] for b, _ in factors], 1), rights, strict=True)], 1
     )
     u, s, v = torch.linalg.svd(small, full_matrices=False)
-    rank = max(1, int((s > s[0] * max(small.shape) * torch.finfo(s.dtype).eps).sum()))
+    rank = numerical_rank(s, max(small.shape))
     blocks = v[:rank].split([r.shape[0] for _, r in rights], 1)
     return q_left @ u[:, :rank], s[:rank], [block @ q.t() for block, (q, _) in zip(blocks, rights, strict=True)]
 

@@ -19,29 +19,39 @@ def mean(inputs: Inputs) -> Tensor:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (or rows, if it is wide): U V^T of the SVD."""
-    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    """The nearest matrix with orthonormal columns (or rows, if it is wide): U V^T of the SVD, on the range of x alone."""
+    u, _, v = leading(x, min(x.shape))
     return u @ v
 
 
-def _leading(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `rank` leading singular triples: `[m, rank], [rank], [rank, n]`."""
+def leading(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triples `[m, q], [q], [q, n]`: q = `rank`, or the numerical rank of x if that is lower.
+
+    Directions without strength (most of those of a LoRA's delta) are whatever LAPACK makes of rounding errors, at unit length:
+    they must not take part when vectors are made orthogonal or singular values are levelled.
+    """
     u, s, v = torch.linalg.svd(x, full_matrices=False)
+    rank = min(rank, numerical_rank(s, max(x.shape)))
     return u[:, :rank], s[:rank], v[:rank]
+
+
+def numerical_rank(s: Tensor, size: int) -> int:
+    """How many singular values (descending) are above the rounding errors of the largest, in a matrix of this size."""
+    return int((s > s[0] * size * torch.finfo(s.dtype).eps).sum()) if s.numel() else 0
 
 
 def tsv_m(inputs: Inputs) -> Tensor:
     """lambda U' diag(s_1 .. s_K) V': the leading triples of each w_k tau_k side by side, U' and V' made orthogonal.
 
-    Each of K tasks gives min(m, n) / K triples, at least one. U' is the nearest matrix to [U_1 .. U_K] with orthonormal
-    columns, V' the nearest to [V_1; ..; V_K] with orthonormal rows.
+    Each of K tasks gives min(m, n) / K triples, at least one, and no more than its rank. U' is the nearest matrix to
+    [U_1 .. U_K] with orthonormal columns, V' the nearest to [V_1; ..; V_K] with orthonormal rows.
     Cost: K + 2 SVDs of an `[m, n]` matrix.
     Source: Task Singular Vectors (arXiv:2412.00081), algorithm 1; float32 or better, as LAPACK needs.
     """
     if inputs.tensors[0].dim() != 2:
         return mean(inputs)
     rank = max(1, min(inputs.shape) // len(inputs.tensors))
-    triples = [_leading(tensor * weight, rank) for tensor, weight in zip(inputs.tensors, inputs.weights, strict=True)]
+    triples = [leading(tensor * weight, rank) for tensor, weight in zip(inputs.tensors, inputs.weights, strict=True)]
     u = orthogonal(torch.cat([u for u, _, _ in triples], 1))
     v = orthogonal(torch.cat([v for _, _, v in triples], 0))
     s = torch.cat([s for _, s, _ in triples])
@@ -51,13 +61,14 @@ def tsv_m(inputs: Inputs) -> Tensor:
 def iso_c(inputs: Inputs) -> Tensor:
     """lambda mean(s) U V^T, with U diag(s) V^T = Sigma_k w_k tau_k: all directions of the sum get the same strength.
 
+    For a sum of low rank, only the directions that it has: the reference implementation fills up the rest at random.
     Cost: one SVD of an `[m, n]` matrix.
     Source: Iso-C (arXiv:2502.04959), equation 5.
     """
     if inputs.tensors[0].dim() != 2:
         return mean(inputs)
-    u, s, v = torch.linalg.svd(weighted_sum(inputs.tensors, inputs.weights), full_matrices=False)
-    return (u @ v).mul_(s.mean() * inputs.options["lambda"])
+    u, s, v = leading(weighted_sum(inputs.tensors, inputs.weights), min(inputs.shape))
+    return (u @ v).mul_(_mean(s) * inputs.options["lambda"])
 
 
 def _shares(size: int, tasks: int, fraction: float) -> tuple[int, int]:
@@ -79,8 +90,8 @@ def iso_cts(inputs: Inputs) -> Tensor:
         return mean(inputs)
     tensors = [tensor * weight for tensor, weight in zip(inputs.tensors, inputs.weights, strict=True)]
     common, each = _shares(min(inputs.shape), len(tensors), inputs.options["common_space_fraction"])
-    shared = _leading(weighted_sum(tensors, [1.0] * len(tensors)), common)
-    own = [_leading(tensor - shared[0] @ (shared[0].t() @ tensor), each) for tensor in tensors]
+    shared = leading(weighted_sum(tensors, [1.0] * len(tensors)), common)
+    own = [leading(tensor - shared[0] @ (shared[0].t() @ tensor), each) for tensor in tensors]
     return _assemble([*own, shared]).mul_(inputs.options["lambda"])
 
 
@@ -88,4 +99,8 @@ def _assemble(triples: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """mean(s) U' V' of several sets of singular triples, U' and V' made orthogonal."""
     u = orthogonal(torch.cat([u for u, _, _ in triples], 1))
     v = orthogonal(torch.cat([v for _, _, v in triples], 0))
-    return (u @ v).mul_(torch.cat([s for _, s, _ in triples]).mean())
+    return (u @ v).mul_(_mean(torch.cat([s for _, s, _ in triples])))
+
+
+def _mean(s: Tensor) -> float:
+    return float(s.mean()) if s.numel() else 0.0
