@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..task_vectors.compare import Comparison, cosines_of, rank_for_energy
+from ..functional.stacked import rank_for_energy
+from ..task_vectors.compare import Comparison, cosines_of
 from ..task_vectors.errors import OutputError, RecipeError
 
 MOST_BLOCKS = 40  # rows of the table

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..functional.stacked import truncate_sum
+from ..functional.stacked import stack, truncate_sum
 from ..task_vectors.adapters import PEFT_PREFIX
 from ..task_vectors.deltas import LoraDelta, TuckerDelta
 from ..task_vectors.errors import InputError, OutputError, RecipeError
@@ -77,6 +77,7 @@ def merge_adapters(
                 result.saved[tensor.name] = read_tensor(tensor.base.values)
             if progress is not None:
                 progress(tensor.nbytes)
+        _check_whole(plan, set(result.saved))
         if not result.factors:
             raise InputError("none of the models changes a weight, so there is no adapter to write.")
         _write(plan, result, out, overwrite, hash_inputs)
@@ -86,6 +87,18 @@ def merge_adapters(
 def _known(plan: Plan) -> set[str]:
     assert plan.reference.full is not None
     return set(plan.reference.full.tensors)
+
+
+def _check_whole(plan: Plan, saved: set[str]) -> None:
+    """`modules_to_save` of PEFT are whole modules; a trained bias alone is none."""
+    for name in saved & _known(plan):
+        module = name.rpartition(".")[0] + "."
+        lacks = sorted(other for other in _known(plan) - saved if other.startswith(module))
+        if lacks:
+            raise InputError(
+                f"{name!r} is changed and {lacks[0]!r} is not: LoRA has no layer for it, and PEFT saves modules as a whole. Use "
+                f"`output: model`."
+            )
 
 
 def _way(plan: Plan) -> Way:
@@ -113,6 +126,8 @@ def _way(plan: Plan) -> Way:
 
 
 def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
+    if not any(model.headers for model in tensor.models):
+        return
     if any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
         result.saved[tensor.name] = merged_tensor(plan, tensor, reduced=result.reduced).float()
         return
@@ -126,8 +141,7 @@ def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
     else:
         factors, weights = _stacked(plan, tensor)
         if way == "cat":
-            left = torch.cat([weight * up for weight, (up, _) in zip(weights, factors, strict=True)], dim=1)
-            right, discarded = torch.cat([down for _, down in factors]), 0.0
+            (left, right), discarded = stack(factors, weights), 0.0
         else:
             left, right, discarded = truncate_sum(factors, weights, rank=options.rank, energy=options.energy)
     if not finite(left) or not finite(right):

@@ -144,10 +144,3 @@ def _singular_values(vector: TaskVector, name: str) -> Tensor:
         left, right = torch.linalg.qr(factors[0].double())[1], torch.linalg.qr(factors[1].double().t())[1]
         return torch.linalg.svdvals(left @ right.t())
     return torch.linalg.svdvals(vector[name].reshape(-1, columns_of(vector.shapes[name])))
-
-
-def rank_for_energy(values: Tensor, energy: float) -> int:
-    """How many singular values hold a share of the squared norm."""
-    squares = values.double().square()
-    total = squares.sum()
-    return int((squares.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1 if total > 0 else 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functional.stacked import rank_for_energy
 from .adapters import CONV1D_MODELS, PEFT_PREFIX
 from .headers import ITEM_SIZES, TensorHeader, encode_header
 from .renaming import names_in_memory
@@ -163,8 +164,7 @@ def truncated(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[T
     else:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     if energy is not None:
-        kept = torch.cumsum(s.double().square(), 0) / total
-        bound = min(bound, int((kept < energy * (1 - 1e-12)).sum()) + 1)
+        bound = min(bound, rank_for_energy(s, energy))
     root = s[:bound].clamp_min(0).sqrt()
     left, right = u[:, :bound] * root, root[:, None] * vh[:bound]
     return left, right, max(0.0, float((matrix - left @ right).double().square().sum()) / total)
