@@ -24,20 +24,27 @@ def orthogonal(x: Tensor) -> Tensor:
     return u @ v
 
 
-def leading(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading(x: Tensor, rank: int, largest: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triples `[m, q], [q], [q, n]`: q = `rank`, or the numerical rank of x if that is lower.
 
     Directions without strength (most of those of a LoRA's delta) are whatever LAPACK makes of rounding errors, at unit length:
     they must not take part when vectors are made orthogonal or singular values are levelled.
+
+    Args:
+        x: `[m, n]`.
+        rank: Greatest number of triples.
+        largest: What x's rounding errors are relative to; by default its largest singular value.
     """
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    rank = min(rank, numerical_rank(s, max(x.shape)))
+    rank = min(rank, numerical_rank(s, max(x.shape), largest))
     return u[:, :rank], s[:rank], v[:rank]
 
 
-def numerical_rank(s: Tensor, size: int) -> int:
+def numerical_rank(s: Tensor, size: int, largest: float | None = None) -> int:
     """How many singular values (descending) are above the rounding errors of the largest, in a matrix of this size."""
-    return int((s > s[0] * size * torch.finfo(s.dtype).eps).sum()) if s.numel() else 0
+    if not s.numel():
+        return 0
+    return int((s > (float(s[0]) if largest is None else largest) * size * torch.finfo(s.dtype).eps).sum())
 
 
 def tsv_m(inputs: Inputs) -> Tensor:
@@ -91,7 +98,7 @@ def iso_cts(inputs: Inputs) -> Tensor:
     tensors = [tensor * weight for tensor, weight in zip(inputs.tensors, inputs.weights, strict=True)]
     common, each = _shares(min(inputs.shape), len(tensors), inputs.options["common_space_fraction"])
     shared = leading(weighted_sum(tensors, [1.0] * len(tensors)), common)
-    own = [leading(tensor - shared[0] @ (shared[0].t() @ tensor), each) for tensor in tensors]
+    own = [leading(x - shared[0] @ (shared[0].t() @ x), each, float(torch.linalg.vector_norm(x))) for x in tensors]
     return _assemble([*own, shared]).mul_(inputs.options["lambda"])
 
 
