@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -28,13 +29,14 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights 
 
 def run(arguments: list[str]) -> int:
     """Run a command line; the exit code. Nothing that a user can cause ends in a traceback."""
+    warnings.showwarning = lambda message, *_: console.warn(str(message))
     try:
         result = app(arguments, standalone_mode=True)
         return int(result or 0)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:
-        console.fail("interrupted.")
+        console.fail("interrupted. A merge goes on where it was with --resume.")
         return 130
     except ValueError as error:
         if os.environ.get("PEFT_SUBSPACE_DEBUG"):

@@ -96,8 +96,8 @@ def _check_whole(plan: Plan, saved: set[str]) -> None:
         lacks = sorted(other for other in _known(plan) - saved if other.startswith(module))
         if lacks:
             raise InputError(
-                f"{name!r} is changed and {lacks[0]!r} is not: LoRA has no layer for it, and PEFT saves modules as a whole. Use "
-                f"`output: model`."
+                f"{name!r} is changed and {lacks[0]!r} is not: LoRA has no layer for it, and PEFT saves modules as a whole. "
+                f"Use `output: model`."
             )
 
 

@@ -136,8 +136,10 @@ def _merge_into(
     identity = plan.identity()
     done = journal.read(identity) if resume else {}
     _check_space(folder, plan)
+    from .base_check import check_bases
     from .execute import Settings, execute, verify_done  # imports torch: everything above needs none
 
+    check_bases(plan)
     settings = Settings(threads or default_threads(), device)
     outputs = OutputFiles(folder, plan.layout)
     try:

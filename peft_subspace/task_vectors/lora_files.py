@@ -24,6 +24,7 @@ _TASKS = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT wants a trained head in the files of these tasks
 _EMBEDDING = re.compile(r"embed_tokens|word_embeddings|position_embeddings|token_type_embeddings|wte|wpe|shared|tok_embeddings")
 
 
@@ -105,9 +106,10 @@ def lora_config(
     all_modules = modules_of((name for name, tensor in base.items() if is_adaptable(name, tensor.shape)), base, base_config)
     hit = {name for name in all_modules.values() if name.rpartition(".")[2] in ends}
     architecture = next(iter(base_config.get("architectures") or []), "")
+    task = next((task for ending, task in _TASKS.items() if str(architecture).endswith(ending)), None)
     return {
         "peft_type": "LORA",
-        "task_type": next((task for ending, task in _TASKS.items() if str(architecture).endswith(ending)), None),
+        "task_type": task if saved or task not in _WITH_HEADS else None,
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": rank,
@@ -144,7 +146,7 @@ def truncated(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[T
     """left `[rows, r]`, right `[r, columns]` nearest to a matrix, and the share of its squared norm that they miss.
 
     The singular values are divided evenly among both factors. Ranks far below the size are found by a randomised SVD with
-    twice the rank and four power iterations, which is seeded; the error is that of the product, not an estimate.
+    twice the rank and six power iterations, which is seeded; the error is that of the product, not an estimate.
 
     Args:
         matrix: `[rows, columns]`, float32.
@@ -159,7 +161,7 @@ def truncated(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[T
     if energy is None and 8 * bound < small and small > 512:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix, q=min(small, 2 * bound + 8), niter=4)
+            u, s, v = torch.svd_lowrank(matrix, q=min(small, 2 * bound + 16), niter=6)
         vh = v.t()
     else:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Merged adapters load with plain PEFT and compute what the sum of the updates does: the invariants that PEFT's merge breaks."""
+"""Merged adapters load with plain PEFT and compute what the sum of the updates does: the invariants that PEFT breaks."""
 
 from __future__ import annotations
 

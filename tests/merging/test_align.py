@@ -103,7 +103,8 @@ def test_independent_models_come_nearer() -> None:
     permutations = permutations_of(first, residual=True)
     found = match(first.state_dict(), second.state_dict(), permutations)
     assert found.after > found.before + 0.02  # the norms' ones are most of both
-    assert found == match(first.state_dict(), second.state_dict(), permutations), "the same seed, the same result"
+    again = match(first.state_dict(), second.state_dict(), permutations)
+    assert all(torch.equal(again.orders[name], order) for name, order in found.orders.items()), "the same seed, the same result"
     second.load_state_dict(apply(second.state_dict(), permutations, found.orders))
     torch.testing.assert_close(logits(second), logits(build("llama", 1)), rtol=1e-4, atol=1e-5)
 

@@ -289,6 +289,17 @@ def test_large_values_are_not_taken_for_infinite(tmp_path: Path) -> None:
     assert torch.equal(merged, torch.full((300, 300), 3e38))
 
 
+def test_a_model_of_another_base_is_seen(tmp_path: Path) -> None:
+    trio(tmp_path)
+    write(tmp_path / "a", random_tensors(77))
+    with pytest.warns(UserWarning, match=r"a: does not look like a fine-tuned .*base: the difference is 1\.\d+ times"):
+        merge(recipe(tmp_path), tmp_path / "out")
+    with pytest.raises(InputError, match=r"worst: .*Check base_model, or write `subspace: \{base_check: off\}`"):
+        merge(recipe(tmp_path, subspace={"base_check": "error"}), tmp_path / "out2")
+    assert not list(tmp_path.glob("out2*"))
+    merge(recipe(tmp_path, subspace={"base_check": "off"}), tmp_path / "out3")
+
+
 # Tokenizers and config -----------------------------------------------------------------------------------------------------
 
 
