@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -173,7 +173,7 @@ class Alignment:
     orders: dict[str, Tensor]
     before: float
     after: float
-    sweeps: int = field(compare=False)
+    sweeps: int
 
 
 def reorder(
