@@ -36,7 +36,6 @@ def run(arguments: list[str]) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:
-        console.fail("interrupted. A merge goes on where it was with --resume.")
         return 130
     except ValueError as error:
         if os.environ.get("PEFT_SUBSPACE_DEBUG"):
@@ -86,7 +85,7 @@ def merge(
 ) -> None:
     """Merge models or adapters by a recipe."""
     from ..merging.planner import make_plan
-    from ..merging.recipe import load_recipe, make_recipe
+    from ..merging.recipe import load_recipe, with_shard_size
     from ..merging.run import merge as merge_recipe
     from ..task_vectors.errors import RecipeError
     from ..task_vectors.pickles import pickles_allowed
@@ -94,9 +93,7 @@ def merge(
 
     found = load_recipe(recipe)
     if shard_size is not None:
-        table = found.model_dump(exclude_unset=True)
-        table["subspace"] = {**(table.get("subspace") or {}), "shard_size": shard_size}
-        found = make_recipe(table, "--shard-size")
+        found = with_shard_size(found, shard_size)
     if out is None and not dry_run:
         raise RecipeError("the folder to make is missing: peft-subspace merge RECIPE OUT, or --dry-run to see the plan.")
     with pickles_allowed(allow_pickle, None if out is None else out.parent):
@@ -111,11 +108,15 @@ def merge(
             return
         assert out is not None
         started = time.monotonic()
-        with console.progress("Merging", sum(tensor.nbytes for tensor in plan.tensors), quiet) as progress:
-            merge_recipe(
-                found, out, resume=resume, overwrite=overwrite, threads=workers, device=device, hash_inputs=hash_inputs,
-                progress=progress, plan=plan,
-            )  # fmt: skip
+        try:
+            with console.progress("Merging", sum(tensor.nbytes for tensor in plan.tensors), quiet) as progress:
+                merge_recipe(
+                    found, out, resume=resume, overwrite=overwrite, threads=workers, device=device, hash_inputs=hash_inputs,
+                    progress=progress, plan=plan,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            console.fail(f"interrupted. Go on with --resume, or remove {out}.partial.")
+            raise typer.Exit(130) from None
     took = time.monotonic() - started
     console.say(f"{out}: {len(plan.tensors)} tensors, {console.size(plan.layout.total)}, in {console.duration(took)}.", quiet)
     if push_to_hub is not None:

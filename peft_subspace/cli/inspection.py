@@ -95,7 +95,7 @@ def draw(found: Comparison, path: Path) -> None:
     )
     axes[0].set_ylim(bottom=0)
     axes[0].legend()
-    image = axes[1].imshow(found.cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+    image = axes[1].imshow(found.cosines.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
     labels = [os.path.basename(name) or name for name in found.names]
     axes[1].set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     axes[1].set_yticks(range(len(labels)), labels)
@@ -125,7 +125,7 @@ def _draw_spectra(found: Comparison, axes: object) -> None:
             torch.nn.functional.pad((c.cumsum(0) / c.sum()), (0, longest - c.numel()), value=1.0) for c in curves if c.sum() > 0
         ]
         if shares:
-            mean = torch.stack(shares).mean(0)
+            mean = torch.stack(shares).mean(0).numpy()
             panel.plot(range(1, longest + 1), mean, label=os.path.basename(name) or name)
     panel.set(xscale="log", xlabel="rank", ylabel="share of the squared norm, mean over weights", title="Spectrum")
     panel.legend()

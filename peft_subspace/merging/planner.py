@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..task_vectors.deltas import LoraDelta, StoredDelta, TuckerDelta
@@ -22,8 +23,13 @@ from .recipe import Recipe
 _TIED_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, scratch: Path | None = None) -> Plan:
     """Open the models of a recipe and plan every tensor of the result.
+
+    Args:
+        recipe: what is wanted.
+        scratch: a folder for aligned copies of the models, which lives until the plan is executed; without one the plan is
+            the same, but that the models are not aligned.
 
     Raises:
         RecipeError: parameters that the method does not have, adapters without a base.
@@ -42,6 +48,10 @@ def make_plan(recipe: Recipe) -> Plan:
     for source in sources:
         if base is None and source.full is None:
             raise RecipeError(f"{source.reference} is an adapter or a task vector, and there is no `base_model` to put it on.")
+    if recipe.subspace.align is not None and scratch is not None:
+        from .aligned import align_sources
+
+        sources = align_sources(sources, reference, scratch, recipe.subspace.seed, recipe.subspace.embeddings)
     return _Planner(recipe, method, base, sources, reference).plan()
 
 

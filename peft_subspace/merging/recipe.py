@@ -43,7 +43,7 @@ Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 ModelName = Annotated[Reference, BeforeValidator(Reference.parse)]
 
 
-def _as_bytes(value: Any) -> Any:
+def as_bytes(value: Any) -> Any:
     """`5GB`, `500 MB`, `2GiB` or a number of bytes."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", value, re.IGNORECASE)
@@ -117,7 +117,7 @@ class SubspaceOptions(Strict):
     non_finite: Literal["error", "allow"] = "error"
     base_check: Literal["warn", "error", "off"] = "warn"
     compute_dtype: Literal["float32", "float64"] = "float32"
-    shard_size: Annotated[int, BeforeValidator(_as_bytes), Field(ge=1)] = 5 * 10**9
+    shard_size: Annotated[int, BeforeValidator(as_bytes), Field(ge=1)] = 5 * 10**9
     align: Literal["weight_matching"] | None = None
 
 
@@ -245,6 +245,17 @@ def make_recipe(table: Any, name: str = "the recipe") -> Recipe:
         raise RecipeError(f"{name}:\n  " + "\n  ".join(_messages(error))) from error
     except RecursionError as error:
         raise RecipeError(f"{name}: is nested too deeply.") from error
+
+
+def with_shard_size(recipe: Recipe, size: str) -> Recipe:
+    """The recipe with another most size of a file, such as "5GB"."""
+    try:
+        count = as_bytes(size)
+    except ValueError as error:
+        raise RecipeError(f"--shard-size: {error}.") from error
+    if count < 1:
+        raise RecipeError(f"--shard-size: {size!r} is not a size above 0.")
+    return recipe.model_copy(update={"subspace": recipe.subspace.model_copy(update={"shard_size": count})})
 
 
 def _messages(error: ValidationError) -> Iterator[str]:

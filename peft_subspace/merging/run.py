@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,23 +56,21 @@ def merge(
         OutputError: `out` cannot be written.
     """
     if plan is None:
-        given = load_recipe(recipe) if isinstance(recipe, (str, os.PathLike)) else make_recipe(recipe)
-        plan = make_plan(given)
+        plan = make_plan(load_recipe(recipe) if isinstance(recipe, (str, os.PathLike)) else make_recipe(recipe))
     out = Path(out)
     if plan.recipe.subspace.output == "adapter":
         from .adapters_out import merge_adapters
 
         return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
-    if plan.recipe.subspace.align is not None:
-        raise RecipeError(
-            "subspace.align is done before merging, by `peft-subspace align`; a recipe merges models as they are."
-        )
     partial = _prepare(out, resume, overwrite)
     if partial is None:
         return out
     journal = Journal(partial.with_name(partial.name + ".journal"))
     try:
-        _merge_into(partial, plan, journal, resume, threads, device, hash_inputs, progress)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.aligned-", dir=partial.parent) as scratch:
+            if plan.recipe.subspace.align is not None:
+                plan = make_plan(plan.recipe, Path(scratch))
+            _merge_into(partial, plan, journal, resume, threads, device, hash_inputs, progress)
         _rename(partial, out, overwrite)
     except (InputError, RecipeError):  # going on would fail again
         shutil.rmtree(partial, ignore_errors=True)

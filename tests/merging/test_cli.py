@@ -41,7 +41,7 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 def test_merge_and_verify(command: Command) -> None:
     code, out, err = command("merge", "recipe.yaml", "out")
     assert (code, err) == (0, "")
-    assert out.startswith("out: 15 tensors, 30.9 kB, in ")
+    assert out.startswith("out: 15 tensors, 22.2 kB, in ")
     code, out, _ = command("verify", "out")
     assert code == 0
     assert out.startswith("out: 4 files (")
@@ -52,11 +52,8 @@ def test_merge_and_verify(command: Command) -> None:
 
 def test_exit_codes(command: Command) -> None:
     assert command("merge", "recipe.yaml")[0] == 2
-    assert command("merge", "nothing.yaml", "out") == (
-        2,
-        "",
-        "Error: nothing.yaml: the recipe cannot be read: No such file or directory.\n",
-    )
+    message = "Error: nothing.yaml: the recipe cannot be read: No such file or directory.\n"
+    assert command("merge", "nothing.yaml", "out") == (2, "", message)
     Path("typo.yaml").write_text(Path("recipe.yaml").read_text().replace("merge_method", "merge_methd"))
     code, _, err = command("merge", "typo.yaml", "out")
     assert code == 2
@@ -98,13 +95,15 @@ def test_dry_run(command: Command) -> None:
     code, out, _ = command("merge", "recipe.yaml", "--dry-run")
     assert code == 0
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if not line.startswith("Model"))
-    assert lines["Tensors"] == "15 (15 merged), 7,424 values, F32"
+    assert lines["Tensors"] == "15 (15 merged), 5,184 values, F32"
     assert lines["Writes"].startswith("model.safetensors, 15 tensors, ")
     assert not Path("out").exists()
     command("merge", "recipe.yaml", "out", "-q")
     assert f"{Path('out/model.safetensors').stat().st_size:,} bytes" in lines["Writes"]
     code, out, _ = command("merge", "recipe.yaml", "--dry-run", "--shard-size", "5KB")
     assert "model-00002-of-" in out
+    for wrong in ("many", "0"):
+        assert command("merge", "recipe.yaml", "--dry-run", "--shard-size", wrong)[0] == 2
 
 
 START = """
@@ -114,8 +113,8 @@ import peft_subspace_cli
 peft_subspace_cli.install()
 from peft_subspace.cli import run
 code = run(sys.argv[2:])
-heavy = [name for name in ("torch", "peft", "transformers", "huggingface_hub", "numpy", "matplotlib", "rich") if name in sys.modules]
-print("code", code, "imported", heavy)
+heavy = ("torch", "peft", "transformers", "huggingface_hub", "numpy", "matplotlib", "rich")
+print("code", code, "imported", [name for name in heavy if name in sys.modules])
 import peft_subspace
 print(peft_subspace.FloraConfig.__name__, "peft" in sys.modules)
 """
@@ -135,9 +134,8 @@ def test_the_installed_command(command: Command, tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("peft-subspace")
     found = subprocess.run([script, "merge", "recipe.yaml", "out"], capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
-    broken = subprocess.run(
-        [sys.executable, "-m", "peft_subspace_cli", "merge", "x.yaml", "y"], capture_output=True, text=True, cwd=REPOSITORY
-    )
+    module = [sys.executable, "-m", "peft_subspace_cli", "merge", "x.yaml", "y"]
+    broken = subprocess.run(module, capture_output=True, text=True, cwd=REPOSITORY)
     assert (broken.returncode, broken.stderr.count("Traceback")) == (2, 0)
 
 
@@ -223,7 +221,8 @@ assert run(["merge", str(folder / "local.json"), str(folder / "here")]) == 0
 assert (folder / "out/model.safetensors").read_bytes() == (folder / "here/model.safetensors").read_bytes()
 down = api.snapshot_download("user/merged")
 names = {path.name for path in Path(down).iterdir()}
-assert names == {".gitattributes", "README.md", "config.json", "merge_manifest.json", "merge_recipe.yaml", "model.safetensors"}, names
+ours = {"README.md", "config.json", "merge_manifest.json", "merge_recipe.yaml", "model.safetensors"}
+assert names == {".gitattributes", *ours}, names
 assert "base_model:\\n- \\"user/base\\"\\n- \\"user/a\\"" in (Path(down) / "README.md").read_text()
 table["models"] = [{"model": "user/nothing"}]
 (folder / "recipe.json").write_text(json.dumps(table))

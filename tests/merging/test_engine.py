@@ -300,6 +300,36 @@ def test_a_model_of_another_base_is_seen(tmp_path: Path) -> None:
     merge(recipe(tmp_path, subspace={"base_check": "off"}), tmp_path / "out3")
 
 
+def test_models_are_aligned_before_they_are_merged(tmp_path: Path) -> None:
+    """A model whose neurons are in another order merges as if they were not, and the manifest names the model itself."""
+    from tests.pico import MODELS
+
+    model = MODELS["llama"].model()
+    model.save_pretrained(tmp_path / "base")
+    state = near({name: tensor.clone() for name, tensor in model.state_dict().items()}, 1, 0.02)
+    model.load_state_dict(state)
+    model.save_pretrained(tmp_path / "a")
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    for name in state:
+        if "gate_proj" in name or "up_proj" in name:
+            state[name] = state[name][order]
+        if "down_proj" in name:
+            state[name] = state[name][:, order]
+    model.load_state_dict(state)
+    model.save_pretrained(tmp_path / "b")
+    expected = read(merge(recipe(tmp_path, models="a"), tmp_path / "plain"))
+    table = recipe(tmp_path, models="b", subspace={"align": "weight_matching", "base_check": "off"})
+    found = read(merge(table, tmp_path / "aligned"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert verify(tmp_path / "aligned").inputs == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "aligned", "b", "base", "plain"]
+    write(tmp_path / "x", {"w": torch.zeros(3, 3)})
+    simple = {"model": str(tmp_path / "x")}
+    table = {"merge_method": "linear", "models": [simple, simple], "subspace": {"align": "weight_matching"}}
+    with pytest.raises(RecipeError, match="cannot be aligned"):
+        merge(table, tmp_path / "no")
+
+
 # Tokenizers and config -----------------------------------------------------------------------------------------------------
 
 
