@@ -90,7 +90,10 @@ def merge(
     from ..task_vectors.errors import RecipeError
     from ..task_vectors.pickles import pickles_allowed
     from .report import describe
+    from .upload import check_repository, upload
 
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     found = load_recipe(recipe)
     if shard_size is not None:
         found = with_shard_size(found, shard_size)
@@ -120,8 +123,6 @@ def merge(
     took = time.monotonic() - started
     console.say(f"{out}: {len(plan.tensors)} tensors, {console.size(plan.layout.total)}, in {console.duration(took)}.", quiet)
     if push_to_hub is not None:
-        from .upload import upload
-
         console.say(f"Uploaded to {upload(out, push_to_hub, private)}", quiet)
 
 

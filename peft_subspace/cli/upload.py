@@ -8,15 +8,18 @@ from ..task_vectors.errors import OutputError, RecipeError
 from ..task_vectors.references import HUB_ID
 
 
+def check_repository(name: str) -> None:
+    """Raise a RecipeError unless a name can be a repository's; asked before a merge, not after it."""
+    if not HUB_ID.fullmatch(name):
+        raise RecipeError(f"--push-to-hub {name!r}: a repository is written as owner/name.")
+
+
 def upload(folder: Path, repository: str, private: bool = False) -> str:
     """Upload a merged folder as one commit; the address of the repository.
 
     Raises:
-        RecipeError: the name is no Hub id.
         OutputError: the Hub refused, or is out of reach; the folder stays.
     """
-    if not HUB_ID.fullmatch(repository):
-        raise RecipeError(f"--push-to-hub {repository!r}: a repository is written as owner/name.")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

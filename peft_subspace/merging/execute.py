@@ -290,6 +290,8 @@ def _memory(values: Tensor) -> memoryview:
 
 def _fetch(tensor: TensorPlan) -> None:
     """Ask the system to read the bytes of a tensor, while others are computed."""
+    if not hasattr(os, "posix_fadvise"):
+        return
     given = [*tensor.models, *([tensor.base] if tensor.base else [])]
     for header in (header for one in given for header in one.headers):
         with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..task_vectors.errors import RecipeError
+from ..task_vectors.errors import RecipeError, sentence
 from .methods.registry import Method, Parameter
 from .recipe import Condition, Recipe
 
@@ -89,7 +89,7 @@ def check_parameters(recipe: Recipe, method: Method) -> None:
                 for value in _all_values(setting):
                     parameter.check(_number(value, parameter))
             except ValueError as error:
-                raise RecipeError(f"{where}: {error}.") from error
+                raise RecipeError(f"{where}: {sentence(error)}") from error
             if where != "parameters" and parameter.scope == "global":
                 raise RecipeError(
                     f"{where}: {name!r} is one value for all models; it belongs under `parameters` of the recipe."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..task_vectors.deltas import LoraDelta, StoredDelta, TuckerDelta
-from ..task_vectors.errors import InputError, RecipeError
+from ..task_vectors.errors import InputError, RecipeError, sentence
 from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader, read_header
 from ..task_vectors.models import Given, Source, extra_saved, given_by, open_source, without_base
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
@@ -154,7 +154,7 @@ class _Planner:
         try:
             options, per_model = resolve(self.method, recipe.parameters, tables, name, depth)
         except ValueError as error:
-            raise RecipeError(f"parameters for {name!r}: {error}.") from error
+            raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
         self._check_together(name, options, per_model)
         unchanged = has_base and self.method.acts_on == "delta" and all(not m.headers for m in models)
         if unchanged:
@@ -180,7 +180,7 @@ class _Planner:
         try:
             self.method.check(options, per_model, weights, self.recipe.subspace.semantics)
         except ValueError as error:
-            raise RecipeError(f"parameters for {name!r}: {error}.") from error
+            raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
 
     def _new_heads(self) -> list[TensorPlan]:
         """Whole tensors of adapters that the base lacks: kept if only one adapter brings them."""

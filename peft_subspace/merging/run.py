@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.errors import InputError, OutputError, RecipeError
+from ..task_vectors.errors import InputError, OutputError, RecipeError, sentence
 from .files import OutputFiles, disk_error, sync_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
@@ -58,10 +58,12 @@ def merge(
     if plan is None:
         plan = make_plan(load_recipe(recipe) if isinstance(recipe, (str, os.PathLike)) else make_recipe(recipe))
     out = Path(out)
+    _keep_inputs(plan, out)
     if plan.recipe.subspace.output == "adapter":
         from .adapters_out import merge_adapters
 
         return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
+    check_device(device)
     partial = _prepare(out, resume, overwrite)
     if partial is None:
         return out
@@ -83,9 +85,32 @@ def merge(
     return out
 
 
+def _keep_inputs(plan: Plan, out: Path) -> None:
+    """The result must not take the place of a model that it is made from, nor lie inside of one."""
+    place = Path(os.path.realpath(out))
+    for source in [plan.base, *plan.sources]:
+        for part in source.checkpoints if source else ():
+            folder = Path(os.path.realpath(part.path))
+            if folder == place or place in folder.parents or folder in place.parents:
+                raise OutputError(f"{out}: is, holds or lies in the model {part.name}. Choose another folder.")
+
+
+def check_device(device: str) -> None:
+    """Raise a RecipeError unless torch can compute there."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        raise RecipeError(f"--device {device}: torch cannot use it here: {sentence(str(error).splitlines()[0])}") from error
+
+
 def default_threads() -> int:
     """As many as there are cores for this process, at most 8: then the disk or the memory is the limit."""
-    return max(1, min(8, len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores))
 
 
 def partial_path(out: Path) -> Path:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def sentence(error: object) -> str:
+    """A message of another place, with a full stop if it has no end."""
+    text = str(error).strip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 class RecipeError(ValueError):
     """The recipe or the arguments: a typo, a value out of range, things that do not go together."""
 

@@ -68,6 +68,11 @@ def test_exit_codes(command: Command) -> None:
     code, _, err = command("verify", "out")
     assert code == 5
     assert "config.json has" in err
+    code, _, err = command("merge", "recipe.yaml", "new", "--device", "cuda:99")
+    assert code == 2
+    assert "--device cuda:99: torch cannot use it here" in err
+    assert command("merge", "recipe.yaml", "new", "--push-to-hub", "bad//name")[0] == 2
+    assert not list(Path().glob("new*"))
     for wrong in (
         ["merge"],
         ["mrge"],

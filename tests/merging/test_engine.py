@@ -382,6 +382,16 @@ def test_nothing_is_overwritten_by_mistake(tmp_path: Path) -> None:
     assert read(tmp_path / "empty").keys() == read(tmp_path / "out").keys()
 
 
+@pytest.mark.parametrize("out", ["a", "a/merged", ".", "link"])
+def test_a_result_does_not_take_the_place_of_a_model(out: str, tmp_path: Path) -> None:
+    trio(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    before = contents(tmp_path / "a"), contents(tmp_path / "base")
+    with pytest.raises(OutputError, match="is, holds or lies in the model"):
+        merge(recipe(tmp_path), tmp_path / out, overwrite=True)
+    assert (contents(tmp_path / "a"), contents(tmp_path / "base")) == before
+
+
 def test_verify_sees_every_change(tmp_path: Path) -> None:
     models = trio(tmp_path)
     out = merge(recipe(tmp_path), tmp_path / "out")
