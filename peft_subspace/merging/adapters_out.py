@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from ..task_vectors.models import Given
 from ..task_vectors.reading import read_tensor
 from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .execute import Settings, finite, merged_tensor, whole_model_passes
-from .files import sync_folder, write_synced
+from .files import put_in_place, sync_folder, write_synced
 from .manifest import MANIFEST, make_manifest
 from .outputs import RECIPE_FILE, card
 from .plan import Plan, TensorPlan
@@ -187,22 +186,16 @@ def _write(plan: Plan, result: _Result, out: Path, overwrite: bool, hash_inputs:
     saved = sorted({name.rpartition(".")[0] for name in result.saved})
     base_name = str(plan.recipe.base_model.model) if plan.recipe.base_model else ""
     config = lora_config(modules, rank, base.tensors, base.config, base_name, saved)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write_synced(partial / ADAPTER_WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
-        write_synced(partial / ADAPTER_CONFIG, json_bytes(config))
-        write_synced(partial / RECIPE_FILE, plan.recipe.to_yaml().encode())
-        write_synced(partial / "README.md", card(plan, "adapter").encode())
-        write_synced(partial / REPORT, json_bytes(result.report))
-        manifest = make_manifest(plan, {}, partial, hash_inputs)
-        write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
-        if out.exists() and overwrite:
-            shutil.rmtree(out)
-        os.rename(partial, out)
-        sync_folder(out.absolute().parent)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
+        made = Path(scratch) / out.name
+        made.mkdir()
+        write_synced(made / ADAPTER_WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
+        write_synced(made / ADAPTER_CONFIG, json_bytes(config))
+        write_synced(made / RECIPE_FILE, plan.recipe.to_yaml().encode())
+        write_synced(made / "README.md", card(plan, "adapter").encode())
+        write_synced(made / REPORT, json_bytes(result.report))
+        manifest = make_manifest(plan, {}, made, hash_inputs)
+        write_synced(made / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+        sync_folder(made)
+        put_in_place(made, out, overwrite)

@@ -24,7 +24,7 @@ from ..task_vectors.headers import ITEM_SIZES, TensorHeader
 from ..task_vectors.reading import DTYPES, GivenReader, Reader, read_tensor
 from .files import OutputFiles
 from .journal import Journal, crc_of
-from .methods.loop import Job, Part, map_tensor, reduce_tensors
+from .methods.loop import TILE, Job, Part, map_tensor, reduce_tensors
 from .plan import CHUNK, Plan, TensorPlan
 
 AHEAD = 2  # tensors per worker whose bytes the system is asked to fetch
@@ -129,6 +129,8 @@ class _Run:
 
     def __init__(self, plan: Plan, settings: Settings) -> None:
         self.plan, self.settings = plan, settings
+        inputs = len(plan.sources) + (plan.base is not None)
+        self.chunk = min(settings.chunk, max(TILE, 4 * settings.chunk // max(1, inputs)))  # many models share the same memory
         self.remaining: list[TensorPlan] = []
         self.reduced: dict[str, Any] | None = None
         self.next = 0
@@ -172,7 +174,7 @@ class _Run:
 
     def _bytes(self, tensor: TensorPlan, reader: Reader) -> Iterator[tuple[int, memoryview]]:
         """The bytes of the result in parts, in order: (offset in the tensor, bytes)."""
-        chunk = self.settings.chunk
+        chunk = self.chunk
         if tensor.action == "copy":
             assert tensor.base is not None
             assert tensor.base.values is not None
@@ -199,8 +201,8 @@ class _Run:
     def merged(self, tensor: TensorPlan, source: _Inputs, as_delta: bool) -> Iterator[tuple[int, Tensor]]:
         """The merged values in parts, in order."""
         if tensor.action == "cast":
-            for start in range(0, tensor.count, self.settings.chunk):
-                part = source.read(start, min(start + self.settings.chunk, tensor.count))
+            for start in range(0, tensor.count, self.chunk):
+                part = source.read(start, min(start + self.chunk, tensor.count))
                 assert part.base is not None
                 yield start, part.base
             return
@@ -213,7 +215,7 @@ class _Run:
         return Job(
             self.plan.method, tensor.shape, source.read, tensor.options, tensor.per_model, name=tensor.draws_as,
             seed=subspace.seed, semantics=subspace.semantics, dtype=self.dtype, device=self.settings.device,
-            chunk=self.settings.chunk, as_delta=as_delta,
+            chunk=self.chunk, as_delta=as_delta,
         )  # fmt: skip
 
     def _finish(self, out: Tensor, tensor: TensorPlan) -> memoryview:

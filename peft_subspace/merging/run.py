@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..task_vectors.errors import InputError, OutputError, RecipeError, sentence
-from .files import OutputFiles, disk_error, sync_folder, write_synced
+from .files import OutputFiles, disk_error, put_in_place, sync_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
 from .outputs import RECIPE_FILE, card, side_files, write_side_files
@@ -73,7 +73,7 @@ def merge(
             if plan.recipe.subspace.align is not None:
                 plan = make_plan(plan.recipe, Path(scratch))
             _merge_into(partial, plan, journal, resume, threads, device, hash_inputs, progress)
-        _rename(partial, out, overwrite)
+        put_in_place(partial, out, overwrite)
     except (InputError, RecipeError):  # going on would fail again
         shutil.rmtree(partial, ignore_errors=True)
         journal.close(remove=True)
@@ -188,19 +188,3 @@ def _check_space(folder: Path, plan: Plan) -> None:
     free = shutil.disk_usage(folder).free + there
     if plan.layout.total + SPARE > free and plan.layout.total > free:
         raise OutputError(f"{folder}: the result has {plan.layout.total:,} bytes, and {free:,} are free on this disk.")
-
-
-def _rename(partial: Path, out: Path, overwrite: bool) -> None:
-    try:
-        if out.exists():
-            if overwrite and any(out.iterdir() if out.is_dir() else [out]):
-                old = out.with_name(out.name + ".replaced")
-                os.rename(out, old)
-                os.rename(partial, out)
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-                return
-            out.rmdir()
-        os.rename(partial, out)
-        sync_folder(out.absolute().parent)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be put in place of {partial}: {error.strerror or error}.") from error
