@@ -35,7 +35,7 @@ def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Te
 
     Args:
         inputs: For `weights`, `normalize`, `lambda`, `majority_sign_method` and `semantics`.
-        kept: K tensors of one shape, zeros where nothing is kept.
+        kept: K tensors of one shape, zeros where nothing is kept; overwritten, unless they are `inputs.tensors`.
         scales: s_k.
 
     Source: TIES-Merging (arXiv:2306.01708), section 3; the differences: `docs/merge-methods.md`.
@@ -44,7 +44,7 @@ def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Te
     before = [w * s if weighted else s for w, s in zip(inputs.weights, scales, strict=True)]
     after = [1.0 if weighted else w for w in inputs.weights]
     shares = inputs.weights if weighted else [1.0] * len(kept)
-    ballots = [delta if factor == 1 else delta * factor for delta, factor in zip(kept, before, strict=True)]
+    ballots = [_scaled(x, factor, tau) for x, factor, tau in zip(kept, before, inputs.tensors, strict=True)]
     if inputs.options["majority_sign_method"] == "frequency":
         tally = sum((ballot.sign() for ballot in ballots), torch.zeros_like(ballots[0]))
     else:
@@ -54,13 +54,18 @@ def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Te
     divide = inputs.options["normalize"] or not weighted
     divisor = torch.zeros_like(sign) if divide else None
     for ballot, factor, share in zip(ballots, after, shares, strict=True):
-        agreeing = (ballot * sign).clamp_min_(0)  # |d_k| where it agrees, else 0
+        agreeing = ballot.mul_(sign).clamp_min_(0)  # |d_k| where it agrees, else 0
         merged.add_(agreeing, alpha=factor)
         if divisor is not None:
             divisor.add_(agreeing.sign_(), alpha=share)
     if divisor is not None:
         merged.div_(_without_zeros(divisor, shares))
     return merged.mul_(sign).mul_(inputs.options["lambda"])
+
+
+def _scaled(kept: Tensor, factor: float, delta: Tensor) -> Tensor:
+    """factor * kept, in place where `kept` is not the caller's own tensor."""
+    return kept * factor if kept is delta else kept.mul_(factor)
 
 
 def _without_zeros(divisor: Tensor, shares: Sequence[float]) -> Tensor:

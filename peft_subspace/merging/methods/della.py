@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_subspace.merging.methods import masks
 from peft_subspace.merging.methods.checks import span
 from peft_subspace.merging.methods.consensus import add, elect
-from peft_subspace.merging.methods.draws import bernoulli, random_bits, uniform
+from peft_subspace.merging.methods.draws import random_bits, uniform
 from peft_subspace.merging.methods.registry import Inputs, Pass, Semantics
 
 
@@ -34,7 +34,7 @@ def keep_mask(x: Tensor, low: float, high: float, bits: np.ndarray) -> np.ndarra
     """
     rows, columns = x.shape
     if columns == 1 or high <= low:
-        return bernoulli(bits, (low + high) / 2)
+        return uniform(bits) < (low + high) / 2
     kind = np.uint32 if x.dtype == torch.float32 else np.uint64
     size = x.abs().cpu().numpy().view(kind)  # the bits of positive floats, ordered as they are and sorted faster
     ordered = np.sort(size, axis=1).reshape(-1)

@@ -9,23 +9,51 @@ import numpy as np
 from peft_subspace.merging.methods.registry import Inputs
 
 
+def _stream(inputs: Inputs, k: int) -> tuple[np.random.PCG64DXSM, int]:
+    """The generator of model k for this tensor, and a key: from sha256 of (seed, tensor name, k)."""
+    digest = hashlib.sha256(f"{inputs.seed}\0{inputs.name}\0{k}".encode()).digest()
+    return np.random.PCG64DXSM(int.from_bytes(digest[:16], "little")), int.from_bytes(digest[16:24], "little")
+
+
+def _drawn(generator: np.random.PCG64DXSM, start: int, count: int, kind: str) -> np.ndarray:
+    """`[count]` integers of 2 or 4 bytes: those at the positions from `start` on, several out of one 64-bit draw."""
+    share = 8 // np.dtype(kind).itemsize
+    generator.advance(start // share)
+    raw = generator.random_raw((start + count + share - 1) // share - start // share)
+    return raw.astype("<u8", copy=False).view(kind)[start % share :][:count]
+
+
 def random_bits(inputs: Inputs, k: int) -> np.ndarray:
     """`[n]` int32, uniform over all of them: those of model k at the positions of this part.
 
-    The stream is numpy's PCG64DXSM, whose output numpy promises to keep, keyed by sha256 of (seed, tensor name, k), and
-    advanced to the position: nothing is stored, nothing depends on what was drawn before. One 64-bit draw serves two entries.
+    The stream is numpy's PCG64DXSM, whose output numpy promises to keep, advanced to the position: nothing is stored,
+    nothing depends on what was drawn before.
     """
-    start, count = inputs.start, inputs.tensors[k].numel()
-    digest = hashlib.sha256(f"{inputs.seed}\0{inputs.name}\0{k}".encode()).digest()
-    generator = np.random.PCG64DXSM(int.from_bytes(digest[:16], "little"))
-    generator.advance(start // 2)
-    drawn = generator.random_raw((start + count + 1) // 2 - start // 2).astype("<u8", copy=False).view("<i4")
-    return drawn[start % 2 :][:count]
+    return _drawn(_stream(inputs, k)[0], inputs.start, inputs.tensors[k].numel(), "<i4")
 
 
-def bernoulli(bits: np.ndarray, chance: float) -> np.ndarray:
-    """Booleans that are true with this chance, to 2^-32; in torch this would take ten times as long."""
-    return bits < round(chance * 2**32) - 2**31
+def bernoulli(inputs: Inputs, k: int, chance: float) -> np.ndarray:
+    """`[n]` booleans, true with this chance, to 2^-48: those of model k at the positions of this part.
+
+    16 bits decide nearly all of them, which halves the time; where they equal the chance's own, 32 bits of a hash of the
+    position do.
+    """
+    generator, key = _stream(inputs, k)
+    bits = _drawn(generator, inputs.start, inputs.tensors[k].numel(), "<u2")
+    upper, lower = divmod(round(chance * 2**48), 2**32)
+    kept = bits < upper  # in torch this would take ten times as long
+    if lower:
+        (edge,) = np.nonzero(bits == upper)
+        kept[edge] = _hash(edge.astype(np.uint64) + np.uint64(inputs.start), key) < lower
+    return kept
+
+
+def _hash(x: np.ndarray, key: int) -> np.ndarray:
+    """The upper 32 bits of the splitmix64 mix of each x + key."""
+    x = x + np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return (x ^ (x >> np.uint64(31))) >> np.uint64(32)
 
 
 def uniform(bits: np.ndarray) -> np.ndarray:

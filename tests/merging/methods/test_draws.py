@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,16 @@ from peft_subspace.merging.methods.draws import bernoulli, random_bits, uniform
 from peft_subspace.merging.methods.registry import Inputs
 
 
-def bits(start: int, count: int, k: int = 0, name: str = "w", seed: int = 0) -> np.ndarray:
-    return random_bits(Inputs(None, [torch.empty(count)] * (k + 1), (), {}, (), name=name, seed=seed, start=start), k)
+def inputs(start: int, count: int, k: int = 0, name: str = "w", seed: int = 0) -> Inputs:
+    return Inputs(None, [torch.empty(count)] * (k + 1), (), {}, (), name=name, seed=seed, start=start)
+
+
+def bits(start: int, count: int, **stream: Any) -> np.ndarray:
+    return random_bits(inputs(start, count, **stream), stream.get("k", 0))
+
+
+def kept(start: int, count: int, chance: float, **stream: Any) -> np.ndarray:
+    return bernoulli(inputs(start, count, **stream), stream.get("k", 0), chance)
 
 
 def test_the_numbers_are_the_same_for_ever() -> None:
@@ -25,6 +35,8 @@ def test_the_numbers_are_the_same_for_ever() -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 33])
 def test_a_part_is_a_slice_of_the_whole(start: int, count: int) -> None:
     assert np.array_equal(bits(start, count), bits(0, 5000)[start : start + count])
+    for chance in (0.5, 0.3):
+        assert np.array_equal(kept(start, count, chance), kept(0, 5000, chance)[start : start + count])
 
 
 def test_streams_of_models_tensors_and_seeds_are_unrelated() -> None:
@@ -33,13 +45,28 @@ def test_streams_of_models_tensors_and_seeds_are_unrelated() -> None:
     units = np.stack([uniform(stream) - 0.5 for stream in streams])
     correlation = np.corrcoef(units)
     assert np.abs(correlation - np.eye(4)).max() < 4.5 / n**0.5
+    masks_ = [kept(0, n, 0.5), kept(0, n, 0.5, k=1), kept(0, n, 0.5, name="v"), kept(0, n, 0.5, seed=1)]
+    assert np.abs(np.corrcoef(masks_) - np.eye(4)).max() < 4.5 / n**0.5
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.001, 0.25, 0.5, 0.9, 1.0])
 def test_bernoulli_has_its_chance(chance: float) -> None:
     n = 200_000
-    share = bernoulli(bits(0, n), chance).mean()
+    share = kept(0, n, chance).mean()
     assert abs(share - chance) <= 4.5 * (chance * (1 - chance) / n) ** 0.5
+
+
+@pytest.mark.parametrize("part", [0.0, 0.25, 0.9])
+def test_chances_between_multiples_of_2_to_the_minus_16(part: float) -> None:
+    """The hash decides where 16 bits equal the chance's: of those entries it keeps the right share."""
+    n, base = 4_000_000, 20_000
+    lower, upper, between = (kept(0, n, (base + x) / 2**16) for x in (0, 1, part))
+    assert not (lower & ~between).any()
+    assert not (between & ~upper).any()
+    edge = upper & ~lower
+    assert edge.sum() > 30
+    assert abs(between[edge].mean() - part) <= 4.5 * (0.25 / edge.sum()) ** 0.5
+    assert between[edge].any() == (part > 0)
 
 
 def test_uniform_is_uniform() -> None:
@@ -53,7 +80,7 @@ def test_uniform_is_uniform() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_mask_keeps_or_drops_and_changes_nothing(dtype: torch.dtype) -> None:
     x = torch.randn(40, 50, dtype=dtype)
-    mask = bernoulli(bits(0, 2000), 0.3)
+    mask = kept(0, 2000, 0.3)
     assert torch.equal(masks.apply(mask, x), torch.where(torch.from_numpy(mask).view(40, 50), x, 0.0))
 
 

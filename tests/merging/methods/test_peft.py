@@ -9,7 +9,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from peft_subspace.merging.methods.draws import bernoulli, random_bits
+from peft_subspace.merging.methods.draws import bernoulli
 from peft_subspace.merging.methods.memory import merge_tensors
 from peft_subspace.merging.methods.registry import Inputs
 
@@ -56,7 +56,7 @@ def test_dare_with_the_same_masks(monkeypatch: pytest.MonkeyPatch, method: str, 
     turn = iter(range(3))
 
     def draw(chance: Tensor) -> Tensor:
-        mask = bernoulli(random_bits(inputs, next(turn)), float(chance.view(-1)[0]))
+        mask = bernoulli(inputs, next(turn), density)
         return torch.from_numpy(mask).view(chance.shape).to(chance.dtype)
 
     monkeypatch.setattr(torch, "bernoulli", draw)
