@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import threading
+from typing import Any
 
 import numpy as np
 
 from peft_subspace.merging.methods.registry import Inputs
 
-
-def _stream(inputs: Inputs, k: int) -> tuple[np.random.PCG64DXSM, int]:
-    """The generator of model k for this tensor, and a key: from sha256 of (seed, tensor name, k)."""
-    digest = hashlib.sha256(f"{inputs.seed}\0{inputs.name}\0{k}".encode()).digest()
-    return np.random.PCG64DXSM(int.from_bytes(digest[:16], "little")), int.from_bytes(digest[16:24], "little")
+_LOCAL = threading.local()  # one generator a thread, set to a state for each part: making one costs as much as 10,000 numbers
 
 
-def _drawn(generator: np.random.PCG64DXSM, start: int, count: int, kind: str) -> np.ndarray:
-    """`[count]` integers of 2 or 4 bytes: those at the positions from `start` on, several out of one 64-bit draw."""
-    share = 8 // np.dtype(kind).itemsize
-    generator.advance(start // share)
-    raw = generator.random_raw((start + count + share - 1) // share - start // share)
+@functools.lru_cache(maxsize=256)
+def _stream(seed: int, name: str, k: int) -> tuple[Any, int]:
+    """The generator's state at position 0 of model k in this tensor, and a key: from sha256 of (seed, tensor name, k)."""
+    digest = hashlib.sha256(f"{seed}\0{name}\0{k}".encode()).digest()
+    state = np.random.PCG64DXSM(int.from_bytes(digest[:16], "little")).state
+    return state, int.from_bytes(digest[16:24], "little")
+
+
+def _drawn(inputs: Inputs, k: int, kind: str) -> np.ndarray:
+    """`[n]` integers of 2 or 4 bytes at the positions of this part, several out of one 64-bit draw."""
+    if not hasattr(_LOCAL, "generator"):
+        _LOCAL.generator = np.random.PCG64DXSM(0)
+    start, count, share = inputs.start, inputs.tensors[k].numel(), 8 // np.dtype(kind).itemsize
+    _LOCAL.generator.state = _stream(inputs.seed, inputs.name, k)[0]
+    _LOCAL.generator.advance(start // share)
+    raw = _LOCAL.generator.random_raw((start + count + share - 1) // share - start // share)
     return raw.astype("<u8", copy=False).view(kind)[start % share :][:count]
 
 
@@ -29,7 +39,7 @@ def random_bits(inputs: Inputs, k: int) -> np.ndarray:
     The stream is numpy's PCG64DXSM, whose output numpy promises to keep, advanced to the position: nothing is stored,
     nothing depends on what was drawn before.
     """
-    return _drawn(_stream(inputs, k)[0], inputs.start, inputs.tensors[k].numel(), "<i4")
+    return _drawn(inputs, k, "<i4")
 
 
 def bernoulli(inputs: Inputs, k: int, chance: float) -> np.ndarray:
@@ -38,12 +48,12 @@ def bernoulli(inputs: Inputs, k: int, chance: float) -> np.ndarray:
     16 bits decide nearly all of them, which halves the time; where they equal the chance's own, 32 bits of a hash of the
     position do.
     """
-    generator, key = _stream(inputs, k)
-    bits = _drawn(generator, inputs.start, inputs.tensors[k].numel(), "<u2")
+    bits = _drawn(inputs, k, "<u2")
     upper, lower = divmod(round(chance * 2**48), 2**32)
     kept = bits < upper  # in torch this would take ten times as long
     if lower:
         (edge,) = np.nonzero(bits == upper)
+        key = _stream(inputs.seed, inputs.name, k)[1]
         kept[edge] = _hash(edge.astype(np.uint64) + np.uint64(inputs.start), key) < lower
     return kept
 
