@@ -6,6 +6,7 @@ random numbers belong to positions. Parts are small enough for a core's cache (`
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -150,16 +151,20 @@ def reduce_tensors(jobs: Sequence[Job]) -> dict[str, Any]:
     settled = [(job, *settle(job)) for job in jobs if job.count]
     if not settled:
         return reduced
-    first, count = settled[0], sum(job.count for job, _, _ in settled)
-    for each in first[0].method.passes(first[2].options, first[2].per_model, first[0].semantics):
-        tiles = (tile for job, kind, inputs in settled for tile in _tiles(job, kind, replace(inputs, reduced=reduced)))
-        state, started = None, False
-        for inputs in tiles:
-            if not started:
-                state, started = each.begin(count, inputs), True
-            if state is None:
+    job, _, inputs = settled[0]
+    count = sum(job.count for job, _, _ in settled)
+    first: Inputs | None = None
+    for each in job.method.passes(inputs.options, inputs.per_model, job.semantics):
+        tiles: Iterator[Inputs] = (
+            tile for job, kind, inputs in settled for tile in _tiles(job, kind, replace(inputs, reduced=reduced))
+        )
+        if first is None:
+            first = next(tiles)
+            tiles = itertools.chain([first], tiles)
+        state = each.begin(count, replace(first, reduced=reduced))
+        for tile in tiles if state is not None else ():
+            if each.update(state, tile):
                 break
-            each.update(state, inputs)
         reduced = {**reduced, each.name: None if state is None else each.finish(state)}
     return reduced
 

@@ -109,10 +109,13 @@ class Pass(Protocol):
     name: str
 
     def begin(self, count: int, inputs: Inputs) -> Any:
-        """Return the state before any data; `inputs` is the first part of the tensor, with `reduced` of earlier passes."""
+        """Return the state before any data.
 
-    def update(self, state: Any, inputs: Inputs) -> None:
-        """Take in one part; parts come in order, each once."""
+        `inputs` is the first part, with `reduced` of the earlier passes: take shapes and dtypes from it, not values.
+        """
+
+    def update(self, state: Any, inputs: Inputs) -> bool | None:
+        """Take in one part; parts come in order, each once. True: the rest of the tensor is not needed."""
 
     def finish(self, state: Any) -> Any:
         """Return what stands under `name` in `Inputs.reduced`."""

@@ -94,12 +94,13 @@ class _Coarse:
         bins = 1 << (31 - _LOW)
         return {"count": count, "ranks": ranks, "histograms": [torch.zeros(bins, dtype=torch.int64) for _ in ranks]}
 
-    def update(self, state: Any, inputs: Inputs) -> None:
+    def update(self, state: Any, inputs: Inputs) -> bool | None:
         if state["histograms"] is None:
-            return
+            return True
         for histogram, signal in zip(state["histograms"], self.signals(inputs), strict=True):
             upper = _bits(signal).view(-1) >> _LOW
             histogram += torch.bincount(upper, minlength=histogram.numel()).cpu()
+        return None
 
     def finish(self, state: Any) -> Any:
         found: list[list[Any]] = []
@@ -153,11 +154,11 @@ class _Fine:
     def begin(self, count: int, inputs: Inputs) -> Any:
         coarse = inputs.reduced["coarse"]
         places = _targets(coarse, lambda one: not isinstance(one, Top))
+        if not places:
+            return None
         return {"found": coarse, "gather": {(i, j): _Gatherer(coarse[i][j][0]) for i, j in places}}
 
     def update(self, state: Any, inputs: Inputs) -> None:
-        if not state["gather"]:
-            return
         signals = self.signals(inputs)
         for i in {i for i, _ in state["gather"]}:
             bits = _bits(signals[i]).view(-1).cpu().numpy()
@@ -184,12 +185,12 @@ class _Double:
 
     def begin(self, count: int, inputs: Inputs) -> Any:
         found = inputs.reduced["fine"]
-        if self.signals(inputs)[0].dtype != torch.float64:
+        if found is None or self.signals(inputs)[0].dtype != torch.float64:
             return None
         return {"found": found, "values": {place: [] for place in _targets(found, lambda top: top.ties > 0)}}
 
     def update(self, state: Any, inputs: Inputs) -> None:
-        signals = self.signals(inputs) if state["values"] else ()
+        signals = self.signals(inputs)
         for (i, j), values in state["values"].items():
             magnitudes = signals[i].abs().view(-1)
             values.append(magnitudes[magnitudes.to(torch.float32) == state["found"][i][j].value].cpu())
@@ -213,10 +214,12 @@ class _Cut:
     def begin(self, count: int, inputs: Inputs) -> Any:
         found = settled(inputs.reduced)
         places = _targets(found, lambda top: top.left < top.ties and top.value > 0)
+        if not places:
+            return None
         return {"found": [list(each) for each in found], "left": {(i, j): found[i][j].left for i, j in places}}
 
-    def update(self, state: Any, inputs: Inputs) -> None:
-        signals = self.signals(inputs) if any(state["left"].values()) else ()
+    def update(self, state: Any, inputs: Inputs) -> bool | None:
+        signals = self.signals(inputs)
         for (i, j), left in state["left"].items():
             if not left:
                 continue
@@ -225,6 +228,7 @@ class _Cut:
             state["left"][i, j] = max(0, left - at.size)
             if at.size >= left:
                 state["found"][i][j] = replace(top, cut=inputs.start + int(at[left - 1]) + 1)
+        return not any(state["left"].values())
 
     def finish(self, state: Any) -> Any:
         return state["found"]
@@ -232,7 +236,7 @@ class _Cut:
 
 def settled(reduced: Any) -> list[list[Top]]:
     """The thresholds that the passes found, by signal and rank."""
-    for name in ("cut", "double", "fine"):
+    for name in ("cut", "double", "fine", "coarse"):
         if reduced.get(name) is not None:
             return reduced[name]
     raise KeyError("the passes of thresholds.top_passes have not run")
@@ -263,5 +267,5 @@ def exact_top(x: Tensor, density: float) -> Tensor:
         state = each.begin(flat.numel(), inputs)
         if state is not None:
             each.update(state, inputs)
-            inputs = replace(inputs, reduced={**inputs.reduced, each.name: each.finish(state)})
+        inputs = replace(inputs, reduced={**inputs.reduced, each.name: None if state is None else each.finish(state)})
     return keep_top(flat, settled(inputs.reduced)[0][0], 0).view(x.shape)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_subspace.merging.methods.registry import Inputs
+from peft_subspace.merging.methods.loop import TILE, Job, Part, reduce_and_map
+from peft_subspace.merging.methods.registry import Inputs, get
 from peft_subspace.merging.methods.thresholds import Top, exact_top, keep_top, settled, top_passes
 
 
@@ -19,10 +20,10 @@ def find(x: Tensor, ks: list[int], part: int, exact: bool = True) -> list[Top]:
     inputs = Inputs(None, [x], (), {}, ())
     for each in top_passes(lambda given: given.tensors, lambda count, given: [ks], exact):
         state = each.begin(x.numel(), replace(inputs, tensors=[x[:part]]))
-        if state is not None:
-            for start in range(0, x.numel(), part):
-                each.update(state, replace(inputs, tensors=[x[start : start + part]], start=start))
-            inputs = replace(inputs, reduced={**inputs.reduced, each.name: each.finish(state)})
+        for start in range(0, x.numel() if state is not None else 0, part):
+            if each.update(state, replace(inputs, tensors=[x[start : start + part]], start=start)):
+                break
+        inputs = replace(inputs, reduced={**inputs.reduced, each.name: None if state is None else each.finish(state)})
     return settled(inputs.reduced)[0]
 
 
@@ -88,3 +89,23 @@ def test_the_buffer_of_a_bucket_is_counted_when_it_is_full() -> None:
     x = torch.full((400_000,), 1.0)  # all of them in one bucket
     x[7] = 2.0
     assert find(x, [10], 150_000)[0] == Top(1.0, left=9, ties=399_999, cut=10)
+
+
+def test_nothing_is_read_in_vain() -> None:
+    """Of 10 parts: 2 passes and the map; where magnitudes tie, a third pass as far as it must go."""
+    reads: list[int] = []
+
+    def count(x: Tensor, density: float) -> int:
+        def read(start: int, stop: int) -> Part:
+            reads.append(start)
+            return Part(None, [x[start:stop]])
+
+        reads.clear()
+        job = Job(get("magnitude_prune"), (10 * TILE,), read, {}, [{"density": density}], chunk=TILE)
+        assert sum(part.numel() for _, part in reduce_and_map(job)) == x.numel()
+        return len(reads)
+
+    x = torch.arange(1.0, 10 * TILE + 1)
+    assert count(x, 1.0) == 10
+    assert count(x, 0.3) == 10 + 10 + 10
+    assert count(x.clamp(max=2.0 * TILE), 0.5) == 10 + 10 + 10 + 7  # the ties begin in the second part, five belong
