@@ -24,6 +24,7 @@ import torch
 from merge_tasks_models import (
     BACKBONE,
     KINDS,
+    ROWS,
     TASKS,
     Task,
     accuracy,
@@ -39,7 +40,7 @@ from peft_subspace.merging.methods.emr import modulators
 from peft_subspace.merging.methods.memory import merge_state_dicts, merge_tensors
 
 State = Mapping[str, Tensor]
-LAMBDAS = (0.2, 0.35, 0.6, 1.0, 1.7)
+LAMBDAS = (0.2, 0.4, 0.8, 1.6)
 
 # name in the table -> (method, its options); the deltas have weight 1, and lambda scales the merged delta
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -127,9 +128,14 @@ def per_task(name: str, delta: State, deltas: Sequence[State]) -> list[State]:
     return [{key: s * m[key] * delta[key] for key in delta} for m, s in zip(masks, scales, strict=True)]
 
 
+def load(name: str, kind: str, seed: int, options: argparse.Namespace) -> Task:
+    """The rows of a task for one kind of model and seed."""
+    return load_task(name, seed, options.rows or ROWS[kind], options.held_out, options.test, options.tokens)
+
+
 def run(kind: str, seed: int, options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Merge by every method that has no result yet; write each result as it comes."""
-    tasks = [load_task(name, seed, *options.rows, options.tokens) for name in TASKS]
+    tasks = [load(name, kind, seed, options) for name in TASKS]
     singles = [single_task_model(options.folder, task, kind, seed, options.epochs) for task in tasks]
     start = new_model(2).state_dict()
     base = {n: x.clone() for n, x in start.items() if n.startswith(BACKBONE) and x.is_floating_point()}
@@ -179,7 +185,8 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Write the results, whole or not at all."""
     path = options.output / "merge-tasks.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"rows": options.rows, "epochs": options.epochs, "tokens": options.tokens, "lambdas": LAMBDAS, "tasks": TASKS}
+    rows = {"train": options.rows or ROWS, "held_out": options.held_out, "test": options.test}
+    settings = {"rows": rows, "epochs": options.epochs, "tokens": options.tokens, "lambdas": LAMBDAS, "tasks": TASKS}
     path.with_suffix(".part").write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
     path.with_suffix(".part").rename(path)
 
@@ -223,7 +230,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--kinds", nargs="+", default=["full", "lora"], choices=KINDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, nargs=3, default=[1200, 60, 200], help="to train on, for lambda, to test")
+    parser.add_argument("--rows", type=int, help="of each task to train on; default: 1200 for whole models, 600 for adapters")
+    parser.add_argument("--held-out", type=int, default=40, help="rows of each task to choose lambda on")
+    parser.add_argument("--test", type=int, default=150, help="rows of each task to report on")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48, help="of each text")
     options = parser.parse_args()
@@ -237,7 +246,7 @@ def main() -> None:
                 run(kind, seed, options, results)
                 continue
             for name in TASKS:
-                task = load_task(name, seed, *options.rows, options.tokens)
+                task = load(name, kind, seed, options)
                 single_task_model(options.folder, task, kind, seed, options.epochs)
     return None
 

@@ -155,7 +155,8 @@ def reduce_tensors(jobs: Sequence[Job]) -> dict[str, Any]:
     count = sum(job.count for job, _, _ in settled)
     first: Inputs | None = None
     for each in job.method.passes(inputs.options, inputs.per_model, job.semantics):
-        tiles: Iterator[Inputs] = (
+        parts = (_tiles(job, kind, replace(inputs, reduced=reduced)) for job, kind, inputs in settled)
+        tiles: Iterator[Inputs] = itertools.chain.from_iterable(parts)
             tile for job, kind, inputs in settled for tile in _tiles(job, kind, replace(inputs, reduced=reduced))
         )
         if first is None:
