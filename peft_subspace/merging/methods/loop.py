@@ -157,8 +157,6 @@ def reduce_tensors(jobs: Sequence[Job]) -> dict[str, Any]:
     for each in job.method.passes(inputs.options, inputs.per_model, job.semantics):
         parts = (_tiles(job, kind, replace(inputs, reduced=reduced)) for job, kind, inputs in settled)
         tiles: Iterator[Inputs] = itertools.chain.from_iterable(parts)
-            tile for job, kind, inputs in settled for tile in _tiles(job, kind, replace(inputs, reduced=reduced))
-        )
         if first is None:
             first = next(tiles)
             tiles = itertools.chain([first], tiles)
