@@ -133,7 +133,7 @@ class _Run:
         self.chunk = min(settings.chunk, max(TILE, 4 * settings.chunk // max(1, inputs)))  # many models share the same memory
         self.remaining: list[TensorPlan] = []
         self.reduced: dict[str, Any] | None = None
-        self.next = 0
+        self.next, self.fetched = 0, 1
         self.lock, self.whole_tensors = threading.Lock(), threading.Lock()
         self.stopped = threading.Event()
         self.dtype = getattr(torch, plan.recipe.subspace.compute_dtype)
@@ -152,9 +152,11 @@ class _Run:
     def _take(self) -> TensorPlan | None:
         with self.lock:
             number, self.next = self.next, self.next + 1
+            start, stop = self.fetched, max(self.fetched, number + 1 + AHEAD * self.settings.threads)
+            self.fetched = stop
         if self.stopped.is_set() or number >= len(self.remaining):
             return None
-        for ahead in self.remaining[number + 1 : number + 1 + AHEAD]:
+        for ahead in self.remaining[start:stop]:  # each once: it costs time even if the bytes are there
             _fetch(ahead)
         return self.remaining[number]
 

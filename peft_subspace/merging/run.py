@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.errors import InputError, OutputError, RecipeError, sentence
+from ..task_vectors.errors import OutputError, RecipeError, sentence
 from .files import OutputFiles, disk_error, put_in_place, sync_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
@@ -74,12 +74,13 @@ def merge(
                 plan = make_plan(plan.recipe, Path(scratch))
             _merge_into(partial, plan, journal, resume, threads, device, hash_inputs, progress)
         put_in_place(partial, out, overwrite)
-    except (InputError, RecipeError):  # going on would fail again
-        shutil.rmtree(partial, ignore_errors=True)
-        journal.close(remove=True)
-        raise
-    except BaseException:
-        journal.close()
+    except BaseException as error:
+        hopeless = isinstance(error, ValueError) and not isinstance(
+            error, OutputError
+        )  # the recipe or a model: it would fail again
+        if hopeless:
+            shutil.rmtree(partial, ignore_errors=True)
+        journal.close(remove=hopeless)
         raise
     journal.close(remove=True)
     return out
