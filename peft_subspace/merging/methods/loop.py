@@ -94,10 +94,12 @@ def _steps(kind: Kind, job: Job) -> tuple[int, int]:
 
 def _inputs(job: Job, kind: Kind, settled: Inputs, part: Part, start: int, length: int, offset: int) -> Inputs:
     """One tile of a part, in the dtype of the computation, as what the method acts on."""
-    shape = {"elementwise": (-1,), "rows": (-1, job.columns), "matrix": job.shape}[kind]
+    shape = {"elementwise": None, "rows": (-1, job.columns), "matrix": job.shape}[kind]
 
     def tile(tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1)[offset : offset + length].to(job.device, job.dtype).view(shape)
+        flat = tensor if tensor.dim() == 1 else tensor.reshape(-1)
+        flat = flat[offset : offset + length].to(job.device, job.dtype)
+        return flat if shape is None else flat.view(shape)
 
     base = None if part.base is None else tile(part.base)
     wants_delta = job.method.acts_on == "delta"
@@ -172,8 +174,9 @@ def map_tensor(job: Job, reduced: Mapping[str, Any]) -> Iterator[tuple[int, Tens
     """Yield the merged tensor in parts, `(start, flat part)`, in order, in the dtype of the computation."""
     kind, settled = settle(job)
     settled = replace(settled, reduced=reduced)
+    kernel = job.method.merge
     for inputs in _tiles(job, kind, settled):
-        merged = job.method.merge(inputs)
+        merged = kernel(inputs)
         if job.method.acts_on == "delta" and inputs.base is not None and not job.as_delta:
             merged = inputs.base + merged
         elif job.method.acts_on == "model" and job.as_delta and inputs.base is not None:

@@ -26,11 +26,13 @@ def apply(mask: np.ndarray, x: Tensor) -> Tensor:
 
     Args:
         mask: `[n]` booleans (or bytes 0 and 1).
-        x: n entries.
+        x: n entries, contiguous.
     """
-    ones = np.negative(mask.view(np.int8))
     if x.dtype == torch.float32 and x.device.type == "cpu":
-        return torch.from_numpy(ones).to(torch.int32).bitwise_and_(x.reshape(-1).view(torch.int32)).view(x.dtype).view(x.shape)
+        ones = torch.from_numpy(np.negative(mask.view(np.int8))).to(torch.int32)
+        ones.bitwise_and_(x.view(torch.int32).view(-1))
+        kept = ones.view(torch.float32)
+        return kept if x.dim() == 1 else kept.view(x.shape)
     return x * torch.from_numpy(mask.view(np.int8)).to(x.device, x.dtype).view(x.shape)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_subspace.merging.methods import loop, masks
-from peft_subspace.merging.methods.memory import merge_state_dicts, merge_tensors
+from peft_subspace.merging.methods.memory import merge_state_dicts, merge_tensors, spread
 from peft_subspace.merging.methods.registry import BLOCK, SEMANTICS, get, names
 from tests.merging.methods.cases import CASES, count_for, merge, models, name, statistics
 
@@ -217,3 +217,25 @@ def test_ties_of_the_paper_trims_over_the_whole_model() -> None:
     assert not paper["small"].any()
     mergekit = merge_state_dicts("ties", base, [model], [1.0], {"density": 0.5})
     assert [int(x.count_nonzero()) for x in mergekit.values()] == [5, 5]
+
+
+@every
+@pytest.mark.parametrize("as_delta", [False, True])
+def test_models_and_deltas_may_be_mixed(case: tuple[str, dict[str, Any]], as_delta: bool) -> None:
+    """A LoRA's delta beside a whole model, as the engine reads them: also for methods that act on models."""
+    method, options = case
+    count, shape = count_for(method), (20, 30)
+    base, tensors = models(count, shape)
+    given = statistics(method, count, shape)
+    flags = [k % 2 == 0 for k in range(count)]
+
+    def read(start: int, stop: int) -> loop.Part:
+        parts = [(x - base if flag else x).view(-1)[start:stop] for x, flag in zip(tensors, flags, strict=True)]
+        cut = given if given is None or get(method).kind == "matrix" else [x.view(-1)[start:stop] for x in given]
+        return loop.Part(base.view(-1)[start:stop], parts, flags, cut)
+
+    own, per_model = spread(get(method), options, None, count)
+    job = loop.Job(get(method), shape, read, own, per_model, chunk=50, as_delta=as_delta)
+    found = torch.cat([part for _, part in loop.reduce_and_map(job)]).view(shape)
+    wanted = merge(method, options, base, tensors, statistics=given)
+    torch.testing.assert_close(found, wanted - base if as_delta else wanted, rtol=1e-4, atol=1e-5)
