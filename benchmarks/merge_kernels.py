@@ -48,6 +48,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1732, 5477], help="sides of the square tensors")
+    parser.add_argument("--methods", nargs="+", default=[method for method, _ in CASES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
     for size in options.sizes:
         base = torch.randn(size, size).mul_(0.02)
         models = [base + 0.002 * torch.randn(size, size) for _ in range(3)]
-        for method, parameters in CASES:
+        for method, parameters in (case for case in CASES if case[0] in options.methods):
             based = method not in ("linear", "karcher")
             weights = [0.5] * 3 if method not in ("karcher", "model_stock", "sce") else None
             theirs = {**parameters, **({"weight": weights} if weights else {})}
