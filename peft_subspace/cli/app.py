@@ -72,7 +72,7 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; reads headers only.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-    threads: Annotated[Optional[int], typer.Option(min=1, max=256, help="Tensors at a time [the cores, at most 8].")] = None,  # noqa: UP045
+    threads: Annotated[Optional[int], typer.Option(min=1, max=256, help="Tensors at a time [the cores, at most 6].")] = None,  # noqa: UP045
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
     shard_size: Annotated[Optional[str], typer.Option(help="Most bytes of one file, such as 5GB.")] = None,  # noqa: UP045
     hash_inputs: Annotated[

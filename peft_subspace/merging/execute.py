@@ -130,7 +130,8 @@ class _Run:
     def __init__(self, plan: Plan, settings: Settings) -> None:
         self.plan, self.settings = plan, settings
         inputs = len(plan.sources) + (plan.base is not None)
-        self.chunk = min(settings.chunk, max(TILE, 4 * settings.chunk // max(1, inputs)))  # many models share the same memory
+        crowd = max(inputs, 4) * max(settings.threads, 4)  # many models and threads share the memory of a few
+        self.chunk = min(settings.chunk, max(TILE, 16 * settings.chunk // crowd))
         self.remaining: list[TensorPlan] = []
         self.reduced: dict[str, Any] | None = None
         self.next, self.fetched = 0, 1

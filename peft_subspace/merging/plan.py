@@ -132,7 +132,7 @@ class Plan:
         """Private bytes, about: buffers of every worker, or the largest tensor whole for methods that work on matrices."""
         kinds = {self.method.kind_for(tensor.options) for tensor in self.tensors if tensor.action == "merge"} or {"elementwise"}
         models = len(self.sources) + (self.base is not None)
-        chunk = CHUNK * (models * 4 + 8) * threads
+        chunk = CHUNK * (models * 4 + 16) * threads
         if "matrix" in kinds:
             largest = max(tensor.count for tensor in self.tensors)
             chunk += largest * 4 * (models + 3)

@@ -41,7 +41,7 @@ def merge(
         out: the folder to make. It appears when everything is written and on the disk; until then there is `out.partial`.
         resume: go on with a merge that was interrupted, at whatever point. The bytes are those of an uninterrupted one.
         overwrite: replace what is there, a finished or a partial result.
-        threads: tensors that are worked on at a time; the cores of this process, at most 8, by default.
+        threads: tensors that are worked on at a time; the cores of this process, at most 6, by default.
         device: where to compute.
         hash_inputs: note the SHA-256 of whole input files in the manifest, not of samples.
         progress: called with numbers of bytes of the result as they are done.
@@ -109,9 +109,9 @@ def check_device(device: str) -> None:
 
 
 def default_threads() -> int:
-    """As many as there are cores for this process, at most 8: then the disk or the memory is the limit."""
+    """As many as there are cores for this process, at most 6: then the disk or the memory is the limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores))
+    return max(1, min(6, cores))
 
 
 def partial_path(out: Path) -> Path:
