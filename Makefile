@@ -20,7 +20,7 @@ setup: $(VENV)/.installed ## make the virtual environment
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (about two minutes and 2 GB the first time) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt 2>&1 | { grep -v 'is ignored' || true; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,oracles]' -c constraints.txt 2>&1 | { grep -v 'is ignored' || true; }
 	$(BIN)/python -c "import peft_subspace; print('peft_subspace', peft_subspace.__version__, 'is ready')"
 	@touch $@
 

@@ -1,0 +1,77 @@
+"""`peft-subspace export`: the one command that needs PEFT and the model's code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..task_vectors.errors import InputError, OutputError
+from ..task_vectors.references import locate
+from ..task_vectors.sources import ADAPTER_CONFIG, read_json
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def export_lora(adapter: str, out: Path, base: str | None) -> None:
+    """Load an adapter on its base and write it as LoRA.
+
+    Raises:
+        InputError: no adapter, no base, a base of another shape, or an update that LoRA cannot express; names the layer.
+        OutputError: `out` cannot be written.
+    """
+    folder, _ = locate(adapter, None)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{adapter}: has no {ADAPTER_CONFIG}.")
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") == "LORA":
+        raise InputError(f"{adapter}: is a LoRA adapter already.")
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{adapter}: its config does not name the base model; give it with --base.")
+    import peft
+    import transformers
+
+    import peft_subspace
+
+    own: Any = {"num_labels": _labels(folder)} if str(config.get("task_type", "")).endswith("_CLS") else {}
+    loader: Any = getattr(transformers, _CLASSES.get(str(config.get("task_type")), "AutoModel"))
+    try:
+        model = loader.from_pretrained(name, **{key: value for key, value in own.items() if value})
+        wrapped = peft.PeftModel.from_pretrained(model, os.fspath(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{adapter} on {name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    partial = out.with_name(out.name + ".partial")
+    try:
+        peft_subspace.save_as_lora(wrapped, partial)
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(partial, out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _labels(folder: Path) -> int | None:
+    """Rows of the head that was trained with the adapter, which the base must be made with."""
+    from ..task_vectors.headers import read_header
+
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        return None
+    heads = [
+        tensor.shape[0]
+        for name, tensor in read_header(weights).tensors.items()
+        if name.endswith(_HEADS) and len(tensor.shape) == 2
+    ]
+    return min(heads, default=None)
+
+
+_HEADS = ("classifier.weight", "score.weight", "out_proj.weight")

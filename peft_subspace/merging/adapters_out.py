@@ -1,0 +1,201 @@
+"""Adapters merged into an adapter that plain PEFT loads: nothing of the model's size is computed where it can be avoided."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..functional.stacked import stack, truncate_sum
+from ..task_vectors.adapters import PEFT_PREFIX
+from ..task_vectors.deltas import LoraDelta, TuckerDelta
+from ..task_vectors.errors import InputError, OutputError, RecipeError
+from ..task_vectors.lora_files import (
+    is_adaptable,
+    json_bytes,
+    lora_config,
+    lora_tensors,
+    modules_of,
+    relative_error,
+    safetensors_bytes,
+    truncated,
+)
+from ..task_vectors.models import Given
+from ..task_vectors.reading import read_tensor
+from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .execute import Settings, finite, merged_tensor, whole_model_passes
+from .files import put_in_place, sync_folder, write_synced
+from .manifest import MANIFEST, make_manifest
+from .outputs import RECIPE_FILE, card
+from .plan import Plan, TensorPlan
+
+Way = Literal["cat", "exact", "dense"]
+REPORT = "merge_report.json"
+SUMS = ("linear", "task_arithmetic")  # methods that are a weighted sum of the deltas
+
+
+@dataclass
+class _Result:
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    report: dict[str, dict[str, float]] = field(default_factory=dict)
+    reduced: dict[str, Any] | None = None
+
+
+def merge_adapters(
+    plan: Plan, out: Path, *, overwrite: bool = False, hash_inputs: bool = False, progress: Callable[[int], None] | None = None
+) -> Path:
+    """Merge the adapters of a plan into one LoRA adapter in `out`.
+
+    With `linear` and `task_arithmetic` the result is `sum_k w_k dW_k` (over the sum of the weights, if normalised), exactly
+    ("cat" and "exact" without a rank) or the nearest of a rank: the QR of the stacked factors and an SVD of a matrix of the
+    summed ranks, no product of the weight's size. Other methods merge each dW as a whole and keep its leading singular vectors.
+
+    Raises:
+        RecipeError: a model that is no adapter, a way to merge that does not fit the method.
+        InputError: tensors that LoRA has no layer for.
+        OutputError: `out` is there already, or cannot be written.
+    """
+    way = _way(plan)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
+    result = _Result()
+    with torch.inference_mode():
+        result.reduced = whole_model_passes(plan, Settings())
+        for tensor in plan.tensors:
+            if tensor.action == "merge":
+                _one(plan, tensor, way, result)
+            elif tensor.action == "copy" and tensor.base is not None and tensor.name not in _known(plan):  # a new head
+                assert tensor.base.values is not None
+                result.saved[tensor.name] = read_tensor(tensor.base.values)
+            if progress is not None:
+                progress(tensor.nbytes)
+        _check_whole(plan, set(result.saved))
+        if not result.factors:
+            raise InputError("none of the models changes a weight, so there is no adapter to write.")
+        _write(plan, result, out, overwrite, hash_inputs)
+    return out
+
+
+def _known(plan: Plan) -> set[str]:
+    assert plan.reference.full is not None
+    return set(plan.reference.full.tensors)
+
+
+def _check_whole(plan: Plan, saved: set[str]) -> None:
+    """`modules_to_save` of PEFT are whole modules; a trained bias alone is none."""
+    for name in saved & _known(plan):
+        module = name.rpartition(".")[0] + "."
+        lacks = sorted(other for other in _known(plan) - saved if other.startswith(module))
+        if lacks:
+            raise InputError(
+                f"{name!r} is changed and {lacks[0]!r} is not: LoRA has no layer for it, and PEFT saves modules as a whole. "
+                f"Use `output: model`."
+            )
+
+
+def _way(plan: Plan) -> Way:
+    recipe = plan.recipe
+    for name, source in zip(plan.names, plan.sources, strict=True):
+        if source.full is not None:
+            raise RecipeError(
+                f"subspace.output is adapter, and {name} is a whole model. Merge into a model, and make an adapter of it with "
+                f"`peft-subspace extract`."
+            )
+    asked = recipe.subspace.adapter.method
+    sums = recipe.merge_method in SUMS and not any(
+        float(model.get("density", 1.0)) < 1 for tensor in plan.tensors for model in tensor.per_model
+    )
+    if asked == "knots" and recipe.merge_method != "knots":
+        raise RecipeError("subspace.adapter.method: knots goes with merge_method: knots.")
+    if asked in ("cat", "exact") and not sums:
+        raise RecipeError(
+            f"subspace.adapter.method: {asked} is for weighted sums (merge_method linear or task_arithmetic, without density). "
+            f"Use `dense` with {recipe.merge_method}."
+        )
+    if asked in ("cat", "exact"):
+        return "cat" if asked == "cat" else "exact"
+    return "exact" if sums and asked is None else "dense"
+
+
+def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
+    if not any(model.headers for model in tensor.models):
+        return
+    if any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
+        result.saved[tensor.name] = merged_tensor(plan, tensor, reduced=result.reduced).float()
+        return
+    if not is_adaptable(tensor.name, tensor.shape):
+        raise InputError(f"{tensor.name!r} {list(tensor.shape)} is changed, and LoRA has no layer for it. Use `output: model`.")
+    options = plan.recipe.subspace.adapter
+    if way == "dense":
+        delta = merged_tensor(plan, tensor, True, result.reduced).reshape(tensor.shape[0], -1).float()
+        rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
+        left, right, discarded = truncated(delta, rank, options.energy)
+    else:
+        factors, weights = _stacked(plan, tensor)
+        if way == "cat":
+            (left, right), discarded = stack(factors, weights), 0.0
+        else:
+            left, right, discarded = truncate_sum(factors, weights, rank=options.rank, energy=options.energy)
+    if not finite(left) or not finite(right):
+        raise InputError(f"{tensor.name!r}: the merged update has values that are NaN or infinite.")
+    result.factors[tensor.name] = (left, right)
+    result.report[tensor.name] = {"rank": left.shape[1], "relative_error": relative_error(discarded, 1.0)}
+
+
+def _rank(given: Given) -> int:
+    return sum(delta.rank for delta in given.deltas if isinstance(delta, (LoraDelta, TuckerDelta)))
+
+
+def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+    """All factors of a tensor, and what each is multiplied by."""
+    weights = [float(model.get("weight", 1.0)) for model in tensor.per_model]
+    total = sum(weights)
+    scale = float(tensor.options.get("lambda", 1.0))
+    if tensor.options.get("normalize"):
+        if abs(total) < 1e-8:
+            raise RecipeError(
+                f"the weights for {tensor.name!r} add up to {total:g}, by which the sum cannot be divided: normalize: false."
+            )
+        scale /= total
+    factors, scales = [], []
+    for weight, model in zip(weights, tensor.models, strict=True):
+        for delta in model.deltas:
+            assert isinstance(delta, (LoraDelta, TuckerDelta))
+            factors.append(delta.factors(read_tensor))
+            scales.append(weight * scale)
+    return factors, scales
+
+
+def _write(plan: Plan, result: _Result, out: Path, overwrite: bool, hash_inputs: bool) -> None:
+    base = plan.reference.full
+    assert base is not None
+    model_type = base.config.get("model_type")
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+    modules = modules_of(result.factors, base.tensors, base.config)
+    tensors, rank = lora_tensors(result.factors, shapes, modules, model_type)
+    whole = modules_of(result.saved, base.tensors, base.config)
+    for name, values in result.saved.items():
+        tensors[PEFT_PREFIX + (f"{whole[name]}.weight" if name.endswith(".weight") else whole[name])] = values
+    saved = sorted({name.rpartition(".")[0] for name in result.saved})
+    base_name = str(plan.recipe.base_model.model) if plan.recipe.base_model else ""
+    config = lora_config(modules, rank, base.tensors, base.config, base_name, saved)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
+        made = Path(scratch) / out.name
+        made.mkdir()
+        write_synced(made / ADAPTER_WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
+        write_synced(made / ADAPTER_CONFIG, json_bytes(config))
+        write_synced(made / RECIPE_FILE, plan.recipe.to_yaml().encode())
+        write_synced(made / "README.md", card(plan, "adapter").encode())
+        write_synced(made / REPORT, json_bytes(result.report))
+        manifest = make_manifest(plan, {}, made, hash_inputs)
+        write_synced(made / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+        sync_folder(made)
+        put_in_place(made, out, overwrite)

@@ -1,0 +1,165 @@
+"""The files of a result while they are written: each tensor at its place, hashed from the front as they grow."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from ..task_vectors.errors import OutputError
+from .layout import Layout, Shard
+
+PIECE = 2**22
+
+
+class OutputFiles:
+    """Open files of the weights, each of its final size from the start."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self.layout = folder, layout
+        self._shards = {shard.name: _Growing(folder / shard.name, shard) for shard in layout.shards}
+
+    def place(self, name: str) -> tuple[int, int]:
+        """The open file of a tensor, and its offset there."""
+        file, offset = self.layout.places[name]
+        return self._shards[file].file, offset
+
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
+        """Write bytes of a tensor, `offset` bytes after its first.
+
+        Raises:
+            OutputError: no space, or the file cannot be written.
+        """
+        file, start = self.layout.places[name]
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._shards[file].file, view[done:], start + offset + done)
+        except OSError as error:
+            raise disk_error(self.folder / file, error) from error
+
+    def finished(self, name: str) -> None:
+        """A tensor is whole: hash what is whole from the file's beginning."""
+        file, _ = self.layout.places[name]
+        self._shards[file].finished(name)
+
+    def close(self) -> dict[str, str]:
+        """Put everything on the disk; the SHA-256 of every file."""
+        digests = {}
+        for name, shard in self._shards.items():
+            digests[name] = shard.close()
+        return digests
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        for shard in self._shards.values():
+            os.close(shard.file)
+
+
+class _Growing:
+    """One file, and the hash of its beginning."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self.path, self.shard = path, shard
+        names = list(shard.offsets)
+        self._ends = dict(zip(names, [*(shard.offsets[name] for name in names[1:]), shard.size], strict=True))
+        self._pending = names[::-1]  # from the front of the file, last first
+        self._whole: set[str] = set()
+        self._lock, self._hash_lock = threading.Lock(), threading.Lock()
+        self._digest, self._hashed = hashlib.sha256(), 0
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.ftruncate(self.file, shard.size)  # not fallocate: its blocks make each first write ten times dearer on ext4
+            os.pwrite(self.file, shard.header, 0)
+        except OSError as error:
+            os.close(self.file)
+            raise disk_error(path, error) from error
+
+    def finished(self, name: str) -> None:
+        with self._lock:
+            self._whole.add(name)
+        while self._hash_lock.acquire(blocking=False):  # one thread hashes; the others go on with their tensors
+            try:
+                end = self._hashed
+                with self._lock:
+                    while self._pending and self._pending[-1] in self._whole:
+                        end = self._ends[self._pending.pop()]
+                if end == self._hashed:
+                    return
+                self._hash(end)
+            finally:
+                self._hash_lock.release()
+
+    def _hash(self, end: int) -> None:
+        while self._hashed < end:
+            data = os.pread(self.file, min(PIECE, end - self._hashed), self._hashed)
+            if not data:
+                raise OutputError(f"{self.path}: became shorter while it was written.")
+            self._digest.update(data)
+            self._hashed += len(data)
+
+    def close(self) -> str:
+        with self._hash_lock:
+            self._hash(self.shard.size)
+        try:
+            os.fsync(self.file)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        finally:
+            os.close(self.file)
+        return self._digest.hexdigest()
+
+
+def disk_error(path: Path, error: OSError) -> OutputError:
+    """What went wrong with a file that is written, in words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{path}: the disk is full. Free some space, then go on with --resume.")
+    if error.errno == errno.EFBIG:
+        return OutputError(f"{path}: the system allows no file of this size (ulimit -f). Set a smaller --shard-size.")
+    return OutputError(f"{path}: cannot be written: {error.strerror or error}.")
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file and put it on the disk."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def put_in_place(made: Path, out: Path, overwrite: bool) -> None:
+    """Rename a finished folder to its final name; what is there goes only when it may, and only then.
+
+    Raises:
+        OutputError: something is there, or the folder cannot be renamed.
+    """
+    try:
+        if out.exists() and overwrite and any(out.iterdir() if out.is_dir() else [out]):
+            old = out.with_name(out.name + ".replaced")
+            shutil.rmtree(old, ignore_errors=True)  # of an earlier attempt that was killed right here
+            os.rename(out, old)
+            os.rename(made, out)
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
+            if out.exists():
+                out.rmdir()
+            os.rename(made, out)
+        sync_folder(out.absolute().parent)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be put in place of {made}: {error.strerror or error}.") from error

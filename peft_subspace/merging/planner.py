@@ -1,0 +1,257 @@
+"""From a recipe to a plan: the models are opened, matched by name and planned tensor by tensor, from headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..task_vectors.deltas import LoraDelta, StoredDelta, TuckerDelta
+from ..task_vectors.errors import InputError, RecipeError, sentence
+from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader, read_header
+from ..task_vectors.models import Given, Source, extra_saved, given_by, open_source, without_base
+from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
+from ..task_vectors.validate import OUTPUT_HEADS, declared_base, tied_head
+from .layout import make_layout
+from .methods.registry import Method
+from .parameters import check_parameters, depths, resolve
+from .plan import Equal, Plan, TensorPlan
+from .recipe import Recipe
+
+_TIED_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
+
+
+def make_plan(recipe: Recipe, scratch: Path | None = None) -> Plan:
+    """Open the models of a recipe and plan every tensor of the result.
+
+    Args:
+        recipe: what is wanted.
+        scratch: a folder for aligned copies of the models, which lives until the plan is executed; without one the plan is
+            the same, but that the models are not aligned.
+
+    Raises:
+        RecipeError: parameters that the method does not have, adapters without a base.
+        InputError: models that do not fit together, with what differs.
+    """
+    method = recipe.method
+    check_parameters(recipe, method)
+    base = None if recipe.base_model is None else open_source(recipe.base_model)
+    sources = tuple(without_base(open_source(entry.model), base) for entry in recipe.merged_models)
+    reference = base or sources[0]
+    if reference.full is None:
+        raise RecipeError(
+            f"{reference.reference} is an adapter or a task vector, which changes a model and is none. Name the model that it "
+            f"belongs to as `base_model`."
+        )
+    for source in sources:
+        if base is None and source.full is None:
+            raise RecipeError(f"{source.reference} is an adapter or a task vector, and there is no `base_model` to put it on.")
+    if recipe.subspace.align is not None and scratch is not None:
+        from .aligned import align_sources
+
+        sources = align_sources(sources, reference, scratch, recipe.subspace.seed, recipe.subspace.embeddings)
+    return _Planner(recipe, method, base, sources, reference).plan()
+
+
+def open_base_tensors(base: Source) -> dict[str, Given]:
+    """Name -> what the base has."""
+    assert base.full is not None
+    return given_by(base, base.full.tensors)[0]
+
+
+class _Planner:
+    """Gathers what the models give, then plans tensor by tensor."""
+
+    def __init__(
+        self, recipe: Recipe, method: Method, base: Source | None, sources: tuple[Source, ...], reference: Source
+    ) -> None:
+        self.recipe, self.method, self.base, self.sources, self.reference = recipe, method, base, sources, reference
+        assert reference.full is not None
+        self.known = reference.full.tensors
+        self.config = reference.full.config
+        self.tied = self.config.get("tie_word_embeddings", True)
+        self.notes: list[str] = []
+        self.equal: list[Equal] = []
+        self.left_out: set[str] = set()
+        self.untied = False
+        self.statistics = _open_statistics(recipe, method)
+
+    def plan(self) -> Plan:
+        own = open_base_tensors(self.reference)
+        given = [own if source is self.reference else self._given(source) for source in self.sources]
+        order = sorted((n for n in self.known if n not in self.left_out), key=lambda n: _place(self.known[n]))
+        where = depths(self.known)
+        tensors = [self._tensor(name, own[name], [one.get(name, Given()) for one in given], where[name]) for name in order]
+        tensors += self._new_heads() + self._untied_head(own, given, where)
+        metadata = {"format": "pt"}
+        weights = "model.safetensors"
+        if self.recipe.subspace.output == "task_vector":
+            tensors = [tensor for tensor in tensors if tensor.action == "merge"]
+            base = str(self.recipe.base_model)
+            metadata |= {FORMAT_KEY: TASK_VECTOR, "base": base, "version": "1"}
+            weights = "task_vector.safetensors"
+        size = self.recipe.subspace.shard_size if weights == "model.safetensors" else 2**62
+        layout = make_layout(((t.name, t.dtype, t.shape) for t in tensors), size, metadata, weights)
+        self._compare_bases()
+        names = tuple(str(entry.model) for entry in self.recipe.merged_models)
+        checks = tuple(self.equal)
+        return Plan(self.recipe, self.base, self.sources, names, tuple(tensors), layout, checks, tuple(self.notes), self.untied)
+
+    def _given(self, source: Source) -> dict[str, Given]:
+        name, policy = str(source.reference), self.recipe.subspace.on_missing
+        embeddings = self.recipe.subspace.embeddings
+        if embeddings == "pad_from_base" and self.base is None:
+            raise RecipeError("embeddings: pad_from_base needs a base_model to take the rows from.")
+        given, missing, extra = given_by(source, self.known, embeddings=embeddings, config=self.config)
+        extra = [key for key in extra if not self._is_tied_extra(source, key)]
+        if (missing or extra) and policy == "error":
+            lacks = f"lacks {len(missing)} tensors of the base ({shortened(missing)})" if missing else ""
+            more = f"has {len(extra)} that the base lacks ({shortened(extra)})" if extra else ""
+            raise InputError(
+                f"{name}: {' and '.join(text for text in (lacks, more) if text)}. Write `subspace: {{on_missing: base}}` to "
+                f"take the base's where a model lacks one and to leave out what the base lacks, or `on_missing: skip` to leave "
+                f"out both."
+            )
+        if policy == "skip":
+            self.left_out.update(missing)
+        if missing or extra:
+            taken = "left out of the result" if policy == "skip" else "taken from the base"
+            self.notes.append(f"{name}: {len(missing)} tensors are missing ({taken}), {len(extra)} are left out.")
+        if missing and policy == "base" and self.method.acts_on == "model" and self.base is None:
+            raise RecipeError(f"{name} lacks {shortened(missing)}, and there is no base_model to take them from.")
+        return given
+
+    def _is_tied_extra(self, source: Source, key: str) -> bool:
+        """An output head that the base does not store because it is the embedding: it must be that here too."""
+        full = source.full
+        assert full is not None
+        partner = tied_head(key, full.tensors)
+        if partner is None or not self.tied or full.tensors[key].shape != full.tensors[partner].shape:
+            return False
+        self.equal.append(
+            Equal(
+                full.tensors[key],
+                full.tensors[partner],
+                f"{full.name}: its {key!r} is not its embedding {partner!r}, while the base has one matrix for both. Untie the "
+                f"base: save it with tie_word_embeddings=False.",
+            )
+        )
+        return True
+
+    def _tensor(self, name: str, base: Given, models: list[Given], depth: float) -> TensorPlan:
+        header = self.known[name]
+        recipe = self.recipe
+        has_base = self.base is not None
+        dtype = recipe.out_dtype or recipe.dtype
+        if not is_float(header):
+            return TensorPlan(name, header.shape, header.dtype, Given(header), tuple(m for m in models if m.values), "copy")
+        code = header.dtype if dtype is None else FLOAT_DTYPES[dtype]
+        if recipe.subspace.output == "task_vector" and dtype is None:
+            code = "F32"
+        tables = [entry.parameters for entry in recipe.merged_models]
+        try:
+            options, per_model = resolve(self.method, recipe.parameters, tables, name, depth)
+        except ValueError as error:
+            raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
+        self._check_together(name, options, per_model)
+        unchanged = has_base and self.method.acts_on == "delta" and all(not m.headers for m in models)
+        if unchanged:
+            action = "copy" if code == header.dtype and not base.deltas else "cast"
+            return TensorPlan(name, header.shape, code, base, (), action)
+        needs_base = (
+            self.method.base != "ignored"
+            or any(m.values is None or m.values.count < header.count for m in models)
+            or recipe.subspace.output == "task_vector"
+        )
+        partner = (tied_head(name, self.known) if self.tied else None) or name
+        kept = base if has_base and needs_base else None
+        found = [tensors[name] for tensors in self.statistics if name in tensors]
+        statistics = tuple(found) if found and len(found) == len(models) else None
+        return TensorPlan(
+            name, header.shape, code, kept, tuple(models), "merge", options, tuple(per_model), partner, statistics
+        )
+
+    def _check_together(self, name: str, options: Mapping[str, Any], per_model: list[dict[str, Any]]) -> None:
+        if self.method.check is None:
+            return
+        weights = [float(given.get("weight", 1.0)) for given in per_model]
+        try:
+            self.method.check(options, per_model, weights, self.recipe.subspace.semantics)
+        except ValueError as error:
+            raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
+
+    def _new_heads(self) -> list[TensorPlan]:
+        """Whole tensors of adapters that the base lacks: kept if only one adapter brings them."""
+        found: dict[str, list[TensorHeader]] = {}
+        for source in self.sources:
+            for name, header in extra_saved(source, self.known).items():
+                found.setdefault(name, []).append(header)
+        kept = {name: headers[0] for name, headers in found.items() if len(headers) == 1}
+        if len(kept) < len(found):
+            both = sorted(set(found) - set(kept))
+            if self.recipe.subspace.on_missing == "error":
+                raise InputError(
+                    f"several adapters bring whole tensors that the base lacks ({shortened(both)}): each task has its own "
+                    f"head. Write `subspace: {{on_missing: base}}` to leave them out of the result."
+                )
+            self.notes.append(f"{shortened(both)}: brought by several adapters and not by the base, left out.")
+        return [TensorPlan(name, h.shape, h.dtype, Given(h), (), "copy") for name, h in kept.items()]
+
+    def _untied_head(
+        self, own: dict[str, Given], given: list[dict[str, Given]], where: Mapping[str, float]
+    ) -> list[TensorPlan]:
+        """An adapter on an embedding changes what goes in, not the output head that is tied to it: they part ways.
+
+        The head is merged by itself, from what the models have without the adapter's delta, and the config says so.
+        """
+        if not self.tied or not str(next(iter(self.config.get("architectures") or []), "")).endswith(_TIED_ARCHITECTURES):
+            return []
+        head = next((name for name in self.known if name.endswith(OUTPUT_HEADS)), None)
+        embedding = tied_head(head or OUTPUT_HEADS[0], self.known)
+        if embedding is None:
+            return []
+        sides = [(one.get(embedding, Given()), one.get(head or "", Given())) for one in given]
+        if not any(isinstance(d, (LoraDelta, TuckerDelta)) for pair in sides for one in pair for d in one.deltas):
+            return []
+        self.untied = True
+        self.notes.append("an adapter changes one of the tied embeddings: the result has two (tie_word_embeddings: false).")
+        if head is not None:
+            return []
+        without = [replace(one, deltas=tuple(d for d in one.deltas if isinstance(d, StoredDelta))) for one, _ in sides]
+        planned = self._tensor(embedding, own[embedding], without, where[embedding])
+        return [replace(planned, name=OUTPUT_HEADS[0], draws_as=embedding)]
+
+    def _compare_bases(self) -> None:
+        """A note where a model says that it was made from another base; names of folders differ for good reasons."""
+        if self.base is None:
+            return
+        for source in self.sources:
+            for part in source.checkpoints:
+                declared = declared_base(part)
+                ours = self.base.reference.model
+                if (
+                    declared
+                    and os.path.basename(declared.rstrip("/")) != os.path.basename(ours.rstrip("/"))
+                    and part.kind != "model"
+                ):
+                    self.notes.append(f"{part.name}: says that it was made for {declared!r}; it is merged onto {ours!r}.")
+
+
+def _open_statistics(recipe: Recipe, method: Method) -> list[Mapping[str, TensorHeader]]:
+    """The tensors of each model's file of statistics, for the methods that need one."""
+    if not method.statistics:
+        return []
+    paths = [entry.parameters.get("statistics") for entry in recipe.merged_models]
+    for entry, path in zip(recipe.merged_models, paths, strict=True):
+        if not isinstance(path, str) or not path:
+            raise RecipeError(
+                f"merge_method {method.name!r} needs {method.statistics}: write `parameters: {{statistics: FILE.safetensors}}` "
+                f"under the model {str(entry.model)!r}."
+            )
+    return [read_header(str(path)).tensors for path in paths]
+
+
+def _place(header: TensorHeader) -> tuple[str, int]:
+    return str(header.path), header.offset

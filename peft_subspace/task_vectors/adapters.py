@@ -1,0 +1,202 @@
+"""Adapter files as deltas: plain LoRA of PEFT, and the adapters of this package. Reads headers only; imports no PEFT."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .deltas import LoraDelta, LowRank, TuckerDelta
+from .errors import InputError
+from .headers import TensorHeader
+from .sources import Checkpoint, shortened
+
+PEFT_PREFIX = "base_model.model."
+# Options of LoraConfig with which dW is not scale B A, or the adapter is not only dW.
+OTHER_LORA = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "lora_bias": "biases on B",
+    "layer_replication": "replicated layers",
+    "kasa_config": "KaSA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow routing",
+    "monteclora_config": "MonteCLoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "trainable_token_indices": "trained single tokens",
+    "target_parameters": "LoRA on bare parameters",
+}
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}  # they store linear weights as [in, out]
+_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.weight)?")
+_FLORA = re.compile(r"(?P<module>.+)\.flora_delta(?:_(?P<weight>\w+))?\.(?P<tensor>core|factor_\d+)")
+_BATCH_NORM = re.compile(r"(?P<module>.+)\.\w+_batch_norm\.(?P<tensor>running_mean|running_var|num_batches_tracked)")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter changes, by the names of the model that it was trained on.
+
+    Attributes:
+        deltas: weight -> what is added to it. A weight `<module>.weight` may stand for a bare parameter of the module.
+        saved: weight -> what replaces it (`modules_to_save`, trained biases, BatchNorm statistics).
+        base: the model that its config names.
+        bare: ends of the names of parameters that belong to no layer and may be meant by `<module>.weight`.
+    """
+
+    deltas: dict[str, LowRank] = field(default_factory=dict)
+    saved: dict[str, TensorHeader] = field(default_factory=dict)
+    base: str | None = None
+    bare: tuple[str, ...] = ()
+
+
+def read_adapter(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
+    """Read what an adapter changes off its config and the header of its file.
+
+    Args:
+        checkpoint: the adapter.
+        model_type: of the base's config.json: GPT-2 and a few others store linear weights the other way round.
+
+    Raises:
+        InputError: an adapter of a kind that is not a plain sum on the weights, by name; or a file that is not whole.
+    """
+    kind = checkpoint.config.get("peft_type")
+    if kind == "LORA":
+        return _lora(checkpoint)
+    if kind == "FLORA":
+        return _flora(checkpoint, model_type)
+    raise InputError(
+        f"{checkpoint.name}: is a {kind} adapter. Accepted: LORA, FLORA. Merge it into its model first "
+        f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
+    )
+
+
+def _lora(checkpoint: Checkpoint) -> Adapter:
+    config = checkpoint.config
+    other = [title for option, title in OTHER_LORA.items() if config.get(option)]
+    if other:
+        raise InputError(
+            f"{checkpoint.name}: uses {' and '.join(other)}, which is not a plain sum W + s B A. Merge it into its model first "
+            f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
+        )
+    parts: dict[str, dict[str, TensorHeader]] = {}
+    saved = {}
+    for key, tensor in checkpoint.tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        if match := _LORA.fullmatch(name):
+            parts.setdefault(match["module"], {})[match["part"]] = tensor
+        elif "lora_" in name or "base_layer.weight" in name:
+            raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of a plain LoRA.")
+        else:
+            saved[name.replace(".base_layer.", ".")] = tensor
+    deltas: dict[str, LowRank] = {}
+    for module, tensors in parts.items():
+        deltas[f"{module.replace('.base_layer', '')}.weight"] = _lora_delta(checkpoint, module, tensors)
+    if not deltas and not saved:
+        raise InputError(f"{checkpoint.name}: has no tensors.")
+    return Adapter(deltas, saved, config.get("base_model_name_or_path"))
+
+
+def _lora_delta(checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHeader]) -> LoraDelta:
+    config, embedding = checkpoint.config, any("embedding" in part for part in tensors)
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    if set(tensors) != set(names):
+        raise InputError(f"{checkpoint.name}: {module!r} has {', '.join(sorted(tensors))}; {' and '.join(names)} are expected.")
+    down, up = tensors[names[0]], tensors[names[1]]
+    r = _pattern(checkpoint, "rank_pattern", module, config.get("r"))
+    alpha = _pattern(checkpoint, "alpha_pattern", module, config.get("lora_alpha"))
+    if len(down.shape) < 2 or len(up.shape) < 2 or (down.shape[0], up.shape[1]) != (r, r):
+        grouped = len(down.shape) > 2 and down.shape[0] == r
+        raise InputError(
+            f"{checkpoint.name}: {module!r} has A {list(down.shape)} and B {list(up.shape)}, which do not fit its rank {r}"
+            + (": a convolution with groups, whose LoRA cannot be merged into its weight." if grouped else ".")
+        )
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise InputError(f"{checkpoint.name}: {module!r} has lora_alpha {alpha!r}, which is not a number.")
+    scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    return LoraDelta(down, up, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
+
+
+def _pattern(checkpoint: Checkpoint, field_name: str, module: str, default: Any) -> Any:
+    """PEFT's rule: the first expression that matches the end of the module's name."""
+    table = checkpoint.config.get(field_name) or {}
+    try:
+        found = table.get(module, default) if module in table else next(
+            (value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", module)), default
+        )  # fmt: skip
+    except (re.error, AttributeError) as error:
+        raise InputError(f"{checkpoint.name}: its {field_name} cannot be read: {error}.") from error
+    return found
+
+
+def _flora(checkpoint: Checkpoint, model_type: str | None) -> Adapter:
+    parts: dict[tuple[str, str | None], dict[str, TensorHeader]] = {}
+    saved = {}
+    for key, tensor in checkpoint.tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        if match := _FLORA.fullmatch(name):
+            parts.setdefault((match["module"], match["weight"]), {})[match["tensor"]] = tensor
+        elif match := _BATCH_NORM.fullmatch(name):
+            saved[f"{match['module']}.{match['tensor']}"] = tensor
+        elif "flora_" in name:
+            raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of a FLoRA adapter.")
+        else:
+            saved[name.replace(".base_layer.", ".")] = tensor
+    deltas: dict[str, LowRank] = {}
+    for (module, weight), tensors in parts.items():
+        deltas[f"{module}.{weight or 'weight'}"] = _tucker(checkpoint, module, weight, tensors, model_type)
+    return Adapter(deltas, saved, checkpoint.config.get("base_model_name_or_path"), tuple(_bare(checkpoint)))
+
+
+def _tucker(
+    checkpoint: Checkpoint, module: str, weight: str | None, tensors: dict[str, TensorHeader], model_type: str | None
+) -> TuckerDelta:
+    core = tensors.get("core")
+    if core is None or not core.shape:
+        raise InputError(f"{checkpoint.name}: {module!r} has no core.")
+    modes = tuple(tensors.get(f"factor_{mode}") for mode in range(len(core.shape)))
+    for mode, rank in zip(modes, core.shape, strict=True):
+        if mode is not None and (len(mode.shape) != 2 or mode.shape[1] != rank):
+            raise InputError(f"{checkpoint.name}: {module!r} has a factor {list(mode.shape)} for its core {list(core.shape)}.")
+    shape = TuckerDelta(core, modes, 1.0).canonical_shape
+    owner = module.replace(".base_layer", "")
+    bare = weight is None and any(f".{owner}".endswith(f".{name.rpartition('.')[0]}") for name in _bare(checkpoint))
+    matrix = weight is None and not bare and len(core.shape) == 2
+    embedding = matrix and re.search(r"embed|wte|wpe|shared", module.rpartition(".")[2]) is not None
+    scale = _flora_scale(checkpoint, owner, weight, bare)
+    if scale is None:
+        scale = default_flora_scale(shape, core.shape, embedding, bare)
+    return TuckerDelta(core, modes, scale, swapped=embedding or (matrix and model_type in CONV1D_MODELS))
+
+
+def _bare(checkpoint: Checkpoint) -> list[str]:
+    """`target_parameters`: parameters that belong to no layer, such as stacks of experts."""
+    return [name for name in checkpoint.config.get("target_parameters") or [] if isinstance(name, str)]
+
+
+def _flora_scale(checkpoint: Checkpoint, module: str, weight: str | None, bare: bool) -> float | None:
+    """The scale that the config gives, by the rules of `SubspaceConfig.for_layer`."""
+    if bare and checkpoint.config.get("scale_pattern"):
+        raise InputError(f"{checkpoint.name}: a scale_pattern on target_parameters ({module!r}) is not supported.")
+    marker = object()
+    for key in (f"{module}.{weight or 'weight'}", module):
+        scale = _pattern(checkpoint, "scale_pattern", key, marker)
+        if scale is not marker:
+            return float(scale)
+    scale = checkpoint.config.get("scale")
+    return None if scale is None else float(scale)
+
+
+def default_flora_scale(shape: tuple[int, ...], ranks: Iterable[int], embedding: bool, bare: bool) -> float:
+    """`peft_subspace.adapters.flora.default_scale`, which cannot be imported without PEFT; a test keeps the two equal."""
+    first = next(iter(ranks))
+    if embedding:
+        return 4 * math.sqrt(first)
+    modes = shape[-1:] if bare and len(shape) != 2 else shape[1:]
+    return 2 * math.sqrt(2 * first / 3) / math.prod(math.sqrt(size / 2) for size in modes)
+
+
+def unmatched_text(names: list[str]) -> str:
+    """A few names in quotes."""
+    return shortened([repr(name) for name in sorted(names)])

@@ -1,0 +1,228 @@
+"""One model of a merge: what it brings to every tensor of the base, as places in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .adapters import Adapter, read_adapter, unmatched_text
+from .deltas import Delta, LoraDelta, StoredDelta, TuckerDelta
+from .errors import InputError
+from .headers import TensorHeader
+from .references import Reference, locate
+from .renaming import names_in_memory
+from .sources import Checkpoint, open_checkpoint
+from .validate import check_shapes, is_buffer, match_names, tied_head
+
+A_SUFFIX, B_SUFFIX = "::A", "::B"  # names of the factors in a task-vector file
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model brings to one tensor: theta_k = (values, or the base's where they are None) + the sum of `deltas`."""
+
+    values: TensorHeader | None = None
+    deltas: tuple[Delta, ...] = ()
+
+    @property
+    def headers(self) -> tuple[TensorHeader, ...]:
+        """All tensors that have to be read for it."""
+        own = () if self.values is None else (self.values,)
+        return own + tuple(header for delta in self.deltas for header in delta.headers)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as a recipe names it: checkpoints, adapters or task-vector files, opened but not read."""
+
+    reference: Reference
+    checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def full(self) -> Checkpoint | None:
+        """The part that is a whole model, if there is one."""
+        return next((part for part in self.checkpoints if part.kind == "model"), None)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is an adapter or low-rank task vector on nothing but the base."""
+        return self.full is None
+
+
+def open_source(reference: Reference | str) -> Source:
+    """Find a model, download it if it is on the Hub, and read its headers."""
+    reference = Reference.parse(reference)
+    parts = [open_checkpoint(*_located(reference.model, reference.revision))]
+    if reference.lora is not None:
+        parts.append(open_checkpoint(*_located(reference.lora, reference.lora_revision)))
+        if parts[0].kind != "model" or parts[1].kind == "model":
+            raise InputError(f"{reference}: before the + stands a model, after it an adapter or a task-vector file.")
+    return Source(reference, tuple(parts))
+
+
+def _located(name: str, revision: str | None) -> tuple[Any, str, str | None]:
+    path, commit = locate(name, revision)
+    return path, f"{name}@{revision}" if revision else name, commit
+
+
+def without_base(source: Source, base: Source | None) -> Source:
+    """`base+lora` is the LoRA alone: the base's values need not be read twice, and its delta stays of low rank."""
+    full = source.full
+    if base is None or full is None or len(source.checkpoints) == 1 or base.full is None or full.path != base.full.path:
+        return source
+    return replace(source, checkpoints=source.checkpoints[1:])
+
+
+def given_by(
+    source: Source,
+    base: Mapping[str, TensorHeader],
+    *,
+    embeddings: str = "error",
+    config: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Given], list[str], list[str]]:
+    """What a source brings to each tensor of the base.
+
+    Args:
+        source: the model.
+        base: tensors of the base.
+        embeddings: what to do about vocabularies of different sizes.
+        config: of the base, config.json.
+
+    Returns:
+        name in the base -> what is given; tensors of the base that a whole model lacks; its tensors that the base lacks.
+
+    Raises:
+        InputError: shapes that do not fit, names that match twice, an adapter for layers that the base lacks.
+    """
+    config = config or {}
+    found: dict[str, Given] = {}
+    missing: list[str] = []
+    extra: list[str] = []
+    for part in source.checkpoints:
+        if part.kind == "model":
+            values, missing, extra = _values(part, base, embeddings, config.get("tie_word_embeddings", True))
+            found = {name: Given(header) for name, header in values.items()}
+        else:
+            _add(found, part, base, config)
+    return found, missing, extra
+
+
+def _values(
+    part: Checkpoint, base: Mapping[str, TensorHeader], embeddings: str, tied: bool
+) -> tuple[dict[str, TensorHeader], list[str], list[str]]:
+    names = match_names(part.tensors, base, part.name)
+    values = {ours: part.tensors[theirs] for theirs, ours in names.items()}
+    for name in set(base) - set(values):  # a tied head that this model leaves out is its embedding
+        partner = tied_head(name, base)
+        if partner in values and part.config.get("tie_word_embeddings", tied) and base[name].shape == base[partner].shape:
+            values[name] = values[partner]
+    check_shapes(part.name, ((name, base[name].shape, tensor.shape) for name, tensor in values.items()), embeddings)
+    missing = sorted(name for name in base if name not in values and not is_buffer(name))
+    extra = sorted(name for name in part.tensors if name not in names and not is_buffer(name))
+    return values, missing, extra
+
+
+def _add(found: dict[str, Given], part: Checkpoint, base: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> None:
+    if part.kind == "adapter":
+        adapter = read_adapter(part, config.get("model_type"))
+        names = _module_names(part, adapter, base, config)
+        deltas: dict[str, Delta] = {name: delta for name, delta in adapter.deltas.items()}
+        for theirs, header in adapter.saved.items():
+            if theirs in names and header.shape != base[names[theirs]].shape:
+                shapes = f"{list(header.shape)}, in the base {list(base[names[theirs]].shape)}"
+                raise InputError(f"{part.name}: its whole tensor {theirs!r} is {shapes}.")
+            if theirs in names:
+                found[names[theirs]] = Given(header)
+    else:
+        deltas = task_vector_deltas(part)
+        names = match_names(deltas, base, part.name)
+        if len(names) < len(deltas):
+            raise InputError(f"{part.name}: {unmatched_text([n for n in deltas if n not in names])} are not in the base.")
+    for theirs, delta in deltas.items():
+        name = names[theirs]
+        before = found.get(name, Given())
+        found[name] = Given(before.values, (*before.deltas, _fitted(part, theirs, delta, base[name].shape)))
+
+
+def task_vector_deltas(part: Checkpoint) -> dict[str, Delta]:
+    """The deltas of a task-vector file: `name` is dense, `name::A` and `name::B` are the factors of one of low rank."""
+    deltas: dict[str, Delta] = {}
+    for name, header in part.tensors.items():
+        if name.endswith(A_SUFFIX) and name.removesuffix(A_SUFFIX) + B_SUFFIX in part.tensors:
+            stem = name.removesuffix(A_SUFFIX)
+            deltas[stem] = LoraDelta(header, part.tensors[stem + B_SUFFIX], 1.0)
+        elif not name.endswith(B_SUFFIX):
+            deltas[name] = StoredDelta(header)
+    return deltas
+
+
+def _module_names(
+    part: Checkpoint, adapter: Adapter, base: Mapping[str, TensorHeader], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Names in the base of all that an adapter changes.
+
+    An adapter has the names of modules in memory. transformers saves some architectures under older names, so where names
+    are missing it is asked for the new ones, which takes seconds and therefore comes last.
+    """
+    theirs = [*adapter.deltas, *adapter.saved]
+    names = _matched(part, adapter, {name: name for name in base}, base)
+    if any(name not in names for name in theirs):
+        renamed = names_in_memory(base, config)
+        if renamed:
+            names = _matched(part, adapter, renamed, base)
+    lost = [name for name in adapter.deltas if name not in names]
+    if lost:
+        raise InputError(
+            f"{part.name}: adapts {unmatched_text(lost)}, which the base does not have. It was trained on "
+            f"{adapter.base or 'another model'}."
+        )
+    return names
+
+
+def _matched(part: Checkpoint, adapter: Adapter, ours: dict[str, str], base: Mapping[str, TensorHeader]) -> dict[str, str]:
+    """Adapter's name -> name in the base's file, given the base's names in memory -> in its file."""
+    known = dict(ours)
+    for name, stored in ours.items():
+        stem, _, last = name.rpartition(".")
+        if last == "in_proj_weight":  # MultiheadAttention, whose LoRA is called after the module
+            known.setdefault(f"{stem}.weight", stored)
+        if stem.endswith("out_proj") and last == "weight":  # FLoRA's container is called after the parameter
+            known.setdefault(f"{stem.removesuffix('out_proj')}out_proj_weight", stored)
+    for name, delta in adapter.deltas.items():
+        owner = name.removesuffix(".weight").replace(".base_layer", "")
+        found = [
+            stored
+            for ours_name, stored in ours.items()
+            if ours_name.rpartition(".")[0].endswith(owner)
+            and ours_name.endswith(adapter.bare)
+            and base[stored].shape == delta.shape
+        ]
+        if name not in known and adapter.bare and len(found) == 1:
+            known[name] = found[0]
+    names = match_names([*adapter.deltas, *adapter.saved], known, part.name)
+    return {theirs: known[name] for theirs, name in names.items()}
+
+
+def extra_saved(source: Source, base: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """Whole tensors that an adapter brings and the base lacks, such as a new head: name -> tensor."""
+    found = {}
+    for part in source.checkpoints:
+        if part.kind == "adapter":
+            saved = read_adapter(part).saved
+            names = match_names(saved, base, part.name)
+            found.update({name: header for name, header in saved.items() if name not in names})
+    return found
+
+
+def _fitted(part: Checkpoint, name: str, delta: Delta, shape: tuple[int, ...]) -> Delta:
+    """The delta in the base's orientation; for a square weight the adapter's config has decided."""
+    if delta.shape == shape:
+        return delta
+    if isinstance(delta, LoraDelta) and (flipped := replace(delta, transposed=not delta.transposed)).shape == shape:
+        return flipped
+    if isinstance(delta, TuckerDelta) and len(shape) > 1 and len(delta.core.shape) > 1:
+        swapped = replace(delta, swapped=not delta.swapped)
+        if swapped.shape == shape:
+            return swapped
+    raise InputError(f"{part.name}: its delta for {name!r} is {list(delta.shape or ())}, the base's weight is {list(shape)}.")

@@ -1,0 +1,81 @@
+"""Weights in pickles (.bin), only if the user says so: rewritten as safetensors first, by torch's weights_only loader."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import InputError
+from .headers import encode_header
+
+_scratch: Path | None = None  # where rewritten models are; None while pickles are refused
+
+
+@contextmanager
+def pickles_allowed(allowed: bool, beside: Path | None = None) -> Iterator[None]:
+    """Let `open_checkpoint` read pickles within the block. Rewritten models lie in a folder that is removed at its end.
+
+    Args:
+        allowed: False changes nothing.
+        beside: the folder to make it in; the system's for temporary files by default.
+    """
+    global _scratch
+    if not allowed:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix=".pickles-", dir=beside if beside and beside.is_dir() else None) as folder:
+        _scratch = Path(folder)
+        try:
+            yield
+        finally:
+            _scratch = None
+
+
+def rewritten(folder: Path) -> Path | None:
+    """A file of safetensors with all tensors of a folder's .bin files; None if pickles are not allowed or not there.
+
+    Raises:
+        InputError: a file holds something else than tensors, or cannot be read.
+    """
+    files = _pickles(folder)
+    if _scratch is None or not files:
+        return None
+    target = _scratch / f"{len(list(_scratch.iterdir()))}.safetensors"
+    _rewrite(files, target)
+    return target
+
+
+def _pickles(folder: Path) -> list[Path]:
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        return sorted(folder / name for name in names if Path(name).name == name)
+    return [folder / "pytorch_model.bin"] if (folder / "pytorch_model.bin").is_file() else []
+
+
+def _rewrite(files: list[Path], target: Path) -> None:
+    import torch
+
+    from .reading import DTYPES
+
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    tensors = {}
+    for file in files:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # pickle, zip and torch each have errors of their own
+            raise InputError(f"{file}: cannot be read by torch's weights_only loader: {str(error).splitlines()[0]}") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise InputError(f"{file}: does not hold a plain table of tensors.")
+        tensors.update(loaded)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in codes:
+            raise InputError(f"{files[0].parent}: {name!r} has the dtype {tensor.dtype}, which is not supported.")
+    header, _ = encode_header({name: (codes[t.dtype], tuple(t.shape)) for name, t in tensors.items()}, {"format": "pt"})
+    with open(target, "wb") as out:
+        out.write(header)
+        for tensor in tensors.values():
+            out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,103 @@
+"""How a recipe names a model: `path`, `owner/name`, `model@revision`, `model+lora`, `model@revision+lora@revision`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, RecipeError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model, at a revision if it comes from the Hub, and perhaps a LoRA on it."""
+
+    model: str
+    revision: str | None = None
+    lora: str | None = None
+    lora_revision: str | None = None
+
+    def __str__(self) -> str:
+        parts = [(self.model, self.revision), (self.lora, self.lora_revision)]
+        return "+".join(f"{name}@{revision}" if revision else name for name, revision in parts if name)
+
+    @classmethod
+    def parse(cls, value: Any) -> Reference:
+        """Read what mergekit reads: a text, or `{model: ..., lora: ...}` with texts or `{path: ..., revision: ...}` inside.
+
+        Raises:
+            RecipeError: it is neither; more than one `+`, more than one `@`, or nothing before one.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, dict):
+            if set(value) <= {"path", "revision"}:
+                value = {"model": value}
+            if "model" not in value or not set(value) <= {"model", "lora"}:
+                raise RecipeError(
+                    f"{value!r} does not name a model. Accepted: a text, or model: and lora: with path: and revision:."
+                )
+            return cls(*_with_revision(value["model"]), *(_with_revision(value["lora"]) if value.get("lora") else (None, None)))
+        if not isinstance(value, str) or not value.strip():
+            raise RecipeError(f"{value!r} does not name a model: a folder, a .safetensors file or a Hub id is expected.")
+        if _exists(value):  # a folder may have a + or an @ in its name
+            return cls(value)
+        parts = value.split("+")
+        if len(parts) > 2 or not all(parts):
+            raise RecipeError(
+                f"{value!r}: a model is written as model, model@revision, model+lora or model@revision+lora@revision."
+            )
+        model, lora = _with_revision(parts[0]), _with_revision(parts[1]) if len(parts) > 1 else (None, None)
+        return cls(*model, *lora)
+
+
+def _with_revision(value: Any) -> tuple[str, str | None]:
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
+        return value["path"], None if value.get("revision") is None else str(value["revision"])
+    if not isinstance(value, str) or not value:
+        raise RecipeError(f"{value!r} does not name a model. Accepted: a text, or path: and revision:.")
+    if "@" not in value or _exists(value):
+        return value, None
+    name, revision = value.rsplit("@", 1)
+    if "@" in name or not name or not revision:
+        raise RecipeError(f"{value!r}: a revision is written as model@revision, with one @.")
+    return name, revision
+
+
+def _exists(name: str) -> bool:
+    try:
+        return os.path.exists(os.path.expanduser(name))
+    except ValueError:  # a NUL in the name
+        return False
+
+
+def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder or file of a model: as it is if it is there, else downloaded from the Hub into its cache.
+
+    Returns:
+        The path, and the Hub's commit, None for a local one.
+
+    Raises:
+        InputError: there is nothing of that name.
+    """
+    if _exists(name):
+        if revision is not None:
+            raise InputError(f"{name}@{revision}: a revision is for models on the Hub, and {name} is a local path.")
+        return Path(name).expanduser(), None
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"{name!r}: there is no such folder or file, and it is not a Hub id (owner/name).")
+    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{name!r}: there is no such folder here, and the Hub did not give it: {reason}") from error
+    return path, path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else None

@@ -1,0 +1,262 @@
+"""A task vector: tau = theta - theta_0, lazily, with its algebra."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .deltas import LoraDelta, TuckerDelta
+from .errors import InputError, OutputError
+from .headers import TensorHeader, encode_header
+from .models import A_SUFFIX, B_SUFFIX, Given, Source, given_by, open_source, task_vector_deltas, without_base
+from .reading import GivenReader, Reader, read_tensor
+from .references import Reference
+from .sources import FORMAT_KEY, TASK_VECTOR, is_float
+
+CHUNK = 2**20  # values that are in memory at a time
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """tau = sum_i w_i tau_i, where each tau_i is what one model adds to the base. Nothing is read before it is asked for.
+
+    Low-rank vectors stay of low rank: sums of LoRA adapters are kept, saved and measured by their factors.
+
+        tau = TaskVector.open("me/llama-math", base="meta/llama") - 0.5 * TaskVector.open("me/llama-rude-lora")
+        tau.save("math-not-rude.safetensors")
+
+    Attributes:
+        shapes: name of each tensor -> its shape.
+        terms: (w_i, name -> what model i gives).
+        base: tensors of the base; empty if all models are adapters or task-vector files.
+        base_name: what the base is called in a saved file.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    terms: tuple[tuple[float, Mapping[str, Given]], ...]
+    base: Mapping[str, TensorHeader] = field(default_factory=dict, repr=False)
+    base_name: str = ""
+
+    @classmethod
+    def open(
+        cls, model: str | os.PathLike[str] | Reference, base: str | os.PathLike[str] | Reference | None = None
+    ) -> TaskVector:
+        """Open a fine-tuned model, an adapter or a task-vector file, by its headers.
+
+        Args:
+            model: a folder, a file, a Hub id, `model@revision`, `model+lora`.
+            base: the model that it was made from; needed for whole models, and for adapters with whole modules in them.
+
+        Raises:
+            InputError: something is damaged, or does not fit the base; says what differs.
+        """
+        own = None if base is None else open_source(_reference(base))
+        return cls.of_source(without_base(open_source(_reference(model)), own), own)
+
+    @classmethod
+    def of_source(cls, source: Source, base: Source | None) -> TaskVector:
+        """The task vector of an opened model; tensors that are no floats are left out."""
+        if base is None:
+            given = _alone(source)
+            return cls({name: _shape(one) for name, one in given.items()}, ((1.0, given),))
+        if base.full is None:
+            raise InputError(f"{base.reference} is an adapter or a task vector and no base.")
+        known = base.full.tensors
+        given, missing, extra = given_by(source, known, config=base.full.config)
+        given = {name: one for name, one in given.items() if is_float(known[name])}
+        if not given:
+            raise InputError(f"{source.reference}: none of its {len(missing) + len(extra)} tensors is in {base.reference}.")
+        shapes = {name: known[name].shape for name in known if name in given}
+        return cls(shapes, ((1.0, given),), known, str(base.reference))
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        shapes = dict(self.shapes)
+        for name, shape in other.shapes.items():
+            if shapes.setdefault(name, shape) != shape:
+                raise InputError(f"{name!r} is {list(shapes[name])} in one task vector and {list(shape)} in the other.")
+        if self.base and other.base and self.base != other.base:
+            raise InputError(
+                f"these task vectors have two bases, {self.base_name!r} and {other.base_name!r}: they cannot be added."
+            )
+        return TaskVector(shapes, self.terms + other.terms, self.base or other.base, self.base_name or other.base_name)
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self + -1.0 * other
+
+    def __mul__(self, factor: float) -> TaskVector:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            return NotImplemented
+        return replace(self, terms=tuple((weight * factor, given) for weight, given in self.terms))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> TaskVector:
+        return -1.0 * self
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor, dense, in float32 and its own shape."""
+        parts = [part for _, part in self.parts(name)]
+        return torch.cat(parts).reshape(self.shapes[name]) if parts else torch.zeros(self.shapes[name])
+
+    def parts(self, name: str, chunk: int = CHUNK) -> Iterator[tuple[int, Tensor]]:
+        """One tensor in flat parts `(start, values)` in float32, which are good until the next."""
+        reader, slot = Reader(), 1
+        readers = []
+        for weight, given in self.terms:
+            if name in given:
+                readers.append((weight, GivenReader(given[name], torch.float32, reader, slot)))
+                slot += readers[-1][1].slots
+        needs_base = any(not one.is_delta for _, one in readers)
+        count = math.prod(self.shapes[name])
+        for start in range(0, count, chunk):
+            stop = min(start + chunk, count)
+            base = reader.stored(self.base[name], start, stop, 0).float() if needs_base else None
+            total = torch.zeros(stop - start)
+            for weight, one in readers:
+                values = one.part(start, stop, base).float()
+                total += weight * (values if one.is_delta or base is None else values - base)
+            yield start, total
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """left `[rows, r]`, right `[r, columns]` of one tensor, a matrix of its first mode; None if it is dense."""
+        left, right = [], []
+        for weight, given in self.terms:
+            one = given.get(name, Given())
+            if one.values is not None or not all(isinstance(delta, (LoraDelta, TuckerDelta)) for delta in one.deltas):
+                return None
+            for delta in one.deltas:
+                assert isinstance(delta, (LoraDelta, TuckerDelta))
+                up, down = delta.factors(read_tensor)
+                left.append(up * weight)
+                right.append(down)
+        return (torch.cat(left, dim=1), torch.cat(right)) if left else None
+
+    def rank(self, name: str) -> int | None:
+        """Columns of the factors of one tensor; None if it is dense."""
+        deltas = [delta for _, given in self.terms for delta in given.get(name, Given()).deltas]
+        if any(name in given and given[name].values is not None for _, given in self.terms):
+            return None
+        if not deltas or not all(isinstance(delta, (LoraDelta, TuckerDelta)) for delta in deltas):
+            return None
+        return sum(delta.rank for delta in deltas if isinstance(delta, (LoraDelta, TuckerDelta)))
+
+    def dot(self, other: TaskVector) -> float:
+        """sum of tau * other over all tensors, in float64; by the factors where both have some."""
+        return math.fsum(self._dot(other, name) for name in self.shapes if name in other.shapes)
+
+    def _dot(self, other: TaskVector, name: str) -> float:
+        mine, theirs = self.factors(name), other.factors(name)
+        if mine is not None and theirs is not None:
+            (left, right), (left2, right2) = ((a.double(), b.double()) for a, b in (mine, theirs))
+            return float(((left.t() @ left2) * (right @ right2.t())).sum())
+        pairs = zip(self.parts(name), other.parts(name), strict=True)
+        return math.fsum(float(a.double() @ b.double()) for (_, a), (_, b) in pairs)
+
+    def norm(self) -> float:
+        """Square root of the sum of all squared values."""
+        return math.sqrt(max(0.0, self.dot(self)))
+
+    def cosine(self, other: TaskVector) -> float:
+        """tau . other / (|tau| |other|); 0 if one of them is zero. Tensors that only one of them has count as zero."""
+        norms = self.norm() * other.norm()
+        return self.dot(other) / norms if norms else 0.0
+
+    def sign_conflict(self, *others: TaskVector) -> float:
+        """Share of the entries, among those where at least two vectors are not zero, where not all signs are equal."""
+        conflicts, shared = 0, 0
+        for name in self.shapes:
+            vectors = [self, *(other for other in others if name in other.shapes)]
+            for parts in zip(*(vector.parts(name) for vector in vectors), strict=True):
+                found = count_conflicts([values for _, values in parts])
+                conflicts, shared = conflicts + found[0], shared + found[1]
+        return conflicts / shared if shared else 0.0
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write a task-vector file, which `open`, recipes and `inspect` read.
+
+        Low-rank tensors are written as `name::A` `[r, ...]` and `name::B` `[rows, r]`, the others as they are. The file
+        appears when it is whole.
+        """
+        from .reading import DTYPES
+
+        codes = {value: code for code, value in DTYPES.items()}
+        entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, shape in self.shapes.items():
+            rank = self.rank(name)
+            if rank is None:
+                entries[name] = (codes[dtype], shape)
+            else:
+                entries[name + A_SUFFIX] = (codes[dtype], (rank, *shape[1:]))
+                entries[name + B_SUFFIX] = (codes[dtype], (shape[0], rank))
+        metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": self.base_name, "version": "1"}
+        header, _ = encode_header(entries, metadata)
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with open(partial, "wb") as file:
+                file.write(header)
+                for name in self.shapes:
+                    for values in self._written(name):
+                        file.write(values.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+    def _written(self, name: str) -> Iterator[Tensor]:
+        factors = self.factors(name)
+        if factors is None:
+            yield from (values for _, values in self.parts(name))
+        else:
+            yield from (factors[1], factors[0])
+
+
+def count_conflicts(vectors: Sequence[Tensor]) -> tuple[int, int]:
+    """Entries where signs differ, and entries where at least two vectors are not zero."""
+    positive = sum(((values > 0).to(torch.int16) for values in vectors), torch.zeros((), dtype=torch.int16))
+    negative = sum(((values < 0).to(torch.int16) for values in vectors), torch.zeros((), dtype=torch.int16))
+    return int(((positive > 0) & (negative > 0)).sum()), int((positive + negative > 1).sum())
+
+
+def _reference(name: Any) -> Reference:
+    return Reference.parse(os.fspath(name) if isinstance(name, os.PathLike) else name)
+
+
+def _alone(source: Source) -> dict[str, Given]:
+    """What an adapter or a task-vector file gives, by its own names."""
+    from .adapters import read_adapter
+
+    (part,) = source.checkpoints
+    if part.kind == "model":
+        raise InputError(f"{part.name} is a whole model: name the base that it was made from, to take the difference.")
+    if part.kind == "task_vector":
+        return {name: Given(None, (delta,)) for name, delta in task_vector_deltas(part).items()}
+    adapter = read_adapter(part)
+    if adapter.saved:
+        raise InputError(
+            f"{part.name}: has whole modules ({', '.join(list(adapter.saved)[:3])}): name the base, to take the difference."
+        )
+    return {name: Given(None, (delta,)) for name, delta in adapter.deltas.items()}
+
+
+def _shape(given: Given) -> tuple[int, ...]:
+    shape = given.deltas[0].shape
+    assert shape is not None
+    return shape

@@ -1,0 +1,269 @@
+"""The command line: what it prints, its exit codes, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from peft_subspace.cli.app import run
+from tests.merging.tiny import contents, read, recipe, trio, write
+from tests.processes import REPOSITORY, run_python
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command line in a folder with `base`, `a`, `b`, `c` and `recipe.yaml`: exit code, stdout, stderr."""
+    trio(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "dumb")
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe(Path())))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = run(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_merge_and_verify(command: Command) -> None:
+    code, out, err = command("merge", "recipe.yaml", "out")
+    assert (code, err) == (0, "")
+    assert out.startswith("out: 15 tensors, 22.2 kB, in ")
+    code, out, _ = command("verify", "out")
+    assert code == 0
+    assert out.startswith("out: 4 files (")
+    assert out.endswith(" are as they were written, 6 files of the inputs as they were read.\n")
+    assert command("merge", "recipe.yaml", "quiet", "-q") == (0, "", "")
+    assert contents(Path("quiet")) == contents(Path("out"))
+
+
+def test_exit_codes(command: Command) -> None:
+    assert command("merge", "recipe.yaml")[0] == 2
+    message = "Error: nothing.yaml: the recipe cannot be read: No such file or directory.\n"
+    assert command("merge", "nothing.yaml", "out") == (2, "", message)
+    Path("typo.yaml").write_text(Path("recipe.yaml").read_text().replace("merge_method", "merge_methd"))
+    code, _, err = command("merge", "typo.yaml", "out")
+    assert code == 2
+    assert "unknown key 'merge_methd'; did you mean 'merge_method'?" in err
+    Path("lost.yaml").write_text(yaml.safe_dump(recipe(Path(), models="ax")))
+    code, _, err = command("merge", "lost.yaml", "out")
+    assert code == 3
+    assert err.startswith("Error: 'x': there is no such folder here")
+    assert command("merge", "recipe.yaml", "a")[0] == 4
+    assert command("merge", "recipe.yaml", "out", "-q")[0] == 0
+    Path("out/config.json").write_text("{}")
+    code, _, err = command("verify", "out")
+    assert code == 5
+    assert "config.json has" in err
+    code, _, err = command("merge", "recipe.yaml", "new", "--device", "cuda:99")
+    assert code == 2
+    assert "--device cuda:99: torch cannot use it here" in err
+    assert command("merge", "recipe.yaml", "new", "--push-to-hub", "bad//name")[0] == 2
+    assert not list(Path().glob("new*"))
+    for wrong in (
+        ["merge"],
+        ["mrge"],
+        ["merge", "recipe.yaml", "out2", "--threads", "0"],
+        ["merge", "recipe.yaml", "out2", "--no"],
+    ):
+        code, _, err = command(*wrong)
+        assert code == 2
+        assert "Traceback" not in err
+    assert command("--help")[0] == 0
+    assert command("--version")[:2] == (0, f"peft_subspace {__import__('peft_subspace').__version__}\n")
+
+
+def test_ctrl_c_is_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_subspace.merging.execute.execute", interrupted)
+    code, _, err = command("merge", "recipe.yaml", "out")
+    assert code == 130
+    assert "--resume" in err
+
+
+def test_dry_run(command: Command) -> None:
+    code, out, _ = command("merge", "recipe.yaml", "--dry-run")
+    assert code == 0
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if not line.startswith("Model"))
+    assert lines["Tensors"] == "15 (15 merged), 5,184 values, F32"
+    assert lines["Writes"].startswith("model.safetensors, 15 tensors, ")
+    assert not Path("out").exists()
+    command("merge", "recipe.yaml", "out", "-q")
+    assert f"{Path('out/model.safetensors').stat().st_size:,} bytes" in lines["Writes"]
+    code, out, _ = command("merge", "recipe.yaml", "--dry-run", "--shard-size", "5KB")
+    assert "model-00002-of-" in out
+    for wrong in ("many", "0"):
+        assert command("merge", "recipe.yaml", "--dry-run", "--shard-size", wrong)[0] == 2
+
+
+START = """
+import os, sys
+os.chdir(sys.argv[1])
+import peft_subspace_cli
+peft_subspace_cli.install()
+from peft_subspace.cli import run
+code = run(sys.argv[2:])
+heavy = ("torch", "peft", "transformers", "huggingface_hub", "numpy", "matplotlib", "rich")
+print("code", code, "imported", [name for name in heavy if name in sys.modules])
+import peft_subspace
+print(peft_subspace.FloraConfig.__name__, "peft" in sys.modules)
+"""
+
+
+def test_a_dry_run_imports_nothing_heavy_and_the_package_is_whole_when_it_is_used(command: Command, tmp_path: Path) -> None:
+    printed = run_python(START, tmp_path, "merge", "recipe.yaml", "--dry-run").splitlines()
+    assert printed[-2:] == ["code 0 imported []", "FloraConfig True"]
+
+
+def test_a_merge_imports_neither_peft_nor_transformers(command: Command, tmp_path: Path) -> None:
+    printed = run_python(START, tmp_path, "merge", "recipe.yaml", "out", "-q").splitlines()
+    assert printed[0] == "code 0 imported ['torch', 'numpy']"
+
+
+def test_the_installed_command(command: Command, tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("peft-subspace")
+    found = subprocess.run([script, "merge", "recipe.yaml", "out"], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    module = [sys.executable, "-m", "peft_subspace_cli", "merge", "x.yaml", "y"]
+    broken = subprocess.run(module, capture_output=True, text=True, cwd=REPOSITORY)
+    assert (broken.returncode, broken.stderr.count("Traceback")) == (2, 0)
+
+
+def test_extract_and_inspect(command: Command) -> None:
+    code, out, _ = command("extract", "a", "lora", "--base", "base", "--rank", "4")
+    assert code == 0
+    assert out.startswith("lora: 11 weights, rank 4, ")
+    assert "Relative error of the whole difference: 0." in out
+    code, out, _ = command("extract", "b", "tv.safetensors", "--base", "base", "--task-vector")
+    assert (code, out.split(",")[0]) == (0, "tv.safetensors: 15 tensors")
+    assert command("extract", "b", "tv.safetensors", "--base", "base", "--task-vector")[0] == 4
+    assert command("extract", "b", "tv", "--base", "base", "--task-vector")[0] == 2
+    assert command("extract", "b", "x", "--base", "base")[0] == 2
+    code, out, _ = command("inspect", "a", "tv.safetensors", "lora", "--base", "base", "--spectrum", "--plot", "x.png")
+    assert code == 0
+    assert "Signs differ at" in out
+    assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+    assert command("inspect", "lora")[0] == 0
+    code, _, err = command("inspect", "a")
+    assert code == 3
+    assert "name the base" in err
+    assert command("inspect", "lora", "--plot", "x.nothing")[0] == 2
+
+
+def test_export(command: Command, tmp_path: Path) -> None:
+    import peft
+
+    import peft_subspace
+    from tests.pico import MODELS
+    from tests.pico import run as output
+
+    pico = MODELS["llama"]
+    pico.model().save_pretrained("llama")
+    wrapped = peft.get_peft_model(pico.model(), peft_subspace.FloraConfig(r=2, init_weights=False, target_modules=["q_proj"]))
+    wrapped.peft_config["default"].task_type = "CAUSAL_LM"
+    wrapped.save_pretrained("flora")
+    code, _, err = command("export", "flora", "lora")
+    assert code == 3
+    assert "give it with --base" in err
+    assert command("export", "flora", "lora", "--base", "llama")[0] == 0
+    loaded = peft.PeftModel.from_pretrained(pico.model(), "lora")
+    torch.testing.assert_close(output(loaded, pico.batch()), output(wrapped, pico.batch()))
+    assert command("export", "lora", "again", "--base", "llama")[0] == 3
+    assert command("export", "flora", "lora", "--base", "llama")[0] == 4
+
+
+def test_pickles_through_the_command_line(command: Command) -> None:
+    tensors = read(Path("a"))
+    Path("a/model.safetensors").unlink()
+    torch.save(tensors, "a/pytorch_model.bin")
+    code, _, err = command("merge", "recipe.yaml", "out")
+    assert (code, "--allow-pickle" in err) == (3, True)
+    assert command("merge", "recipe.yaml", "out", "--allow-pickle")[0] == 0
+    write(Path("a"), tensors)
+    command("merge", "recipe.yaml", "out2", "-q")
+    assert Path("out/model.safetensors").read_bytes() == Path("out2/model.safetensors").read_bytes()
+
+
+HUB = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import HfApi
+from peft_subspace.cli.app import run
+from tests.merging.tiny import contents, near, random_tensors, recipe, trio, write
+folder = Path(sys.argv[1])
+models = trio(folder)
+api = HfApi()
+for name in ("base", "a"):
+    api.create_repo(f"user/{name}")
+    api.upload_folder(repo_id=f"user/{name}", folder_path=folder / name)
+api.create_tag("user/a", tag="v1")
+write(folder / "a2", near(models["base"], 99))
+api.upload_folder(repo_id="user/a", folder_path=folder / "a2")
+table = {"merge_method": "task_arithmetic", "base_model": "user/base", "models": [{"model": "user/a@v1"}]}
+(folder / "recipe.json").write_text(json.dumps(table))
+assert run(["merge", str(folder / "recipe.json"), str(folder / "out"), "--push-to-hub", "user/merged"]) == 0
+assert run(["verify", str(folder / "out")]) == 0
+manifest = json.loads((folder / "out/merge_manifest.json").read_text())
+assert len(manifest["inputs"][0]["commit"]) == 40
+local = {**table, "base_model": str(folder / "base"), "models": [{"model": str(folder / "a")}]}
+(folder / "local.json").write_text(json.dumps(local))
+assert run(["merge", str(folder / "local.json"), str(folder / "here")]) == 0
+assert (folder / "out/model.safetensors").read_bytes() == (folder / "here/model.safetensors").read_bytes()
+down = api.snapshot_download("user/merged")
+names = {path.name for path in Path(down).iterdir()}
+ours = {"README.md", "config.json", "merge_manifest.json", "merge_recipe.yaml", "model.safetensors"}
+assert names == {".gitattributes", *ours}, names
+assert "base_model:\\n- \\"user/base\\"\\n- \\"user/a\\"" in (Path(down) / "README.md").read_text()
+table["models"] = [{"model": "user/nothing"}]
+(folder / "recipe.json").write_text(json.dumps(table))
+assert run(["merge", str(folder / "recipe.json"), str(folder / "no")]) == 3
+print("done")
+"""
+
+
+def test_models_from_and_to_the_hub(tmp_path: Path) -> None:
+    from tests.hub.server import LocalHub
+
+    with LocalHub(tmp_path / "hub", {"merge-test"}) as hub:
+        environment = hub.environment(tmp_path / "home", "merge-test")
+        assert run_python(HUB, tmp_path / "work", **environment).endswith("done\n")
+
+
+def test_progress_on_a_terminal_and_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_subspace.cli import console
+
+    monkeypatch.setattr(console, "EVERY", 0.0)
+    with console.progress("Merging", 2_000_000) as advance:
+        advance(1_500_000)
+    err = capsys.readouterr().err
+    assert err.startswith("Merging: 1.5 MB of 2.0 MB, ")
+    assert err.rstrip().endswith("left")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with console.progress("Merging", 100) as advance:
+        advance(100)
+    assert "Merging" in capsys.readouterr().err
+    with console.progress("Merging", 100, quiet=True) as advance:
+        advance(100)
+    assert capsys.readouterr().err == ""
+    assert [console.size(n) for n in (5, 1500, 2.5e9, 3e15)] == ["5 B", "1.5 kB", "2.5 GB", "3000.0 TB"]
+    assert [console.duration(s) for s in (0.2, 61, 7300)] == ["1 s", "1 min 1 s", "2 h 1 min"]
+
+
+def test_recipes_may_be_json(command: Command) -> None:
+    Path("recipe.json").write_text(json.dumps(recipe(Path())))
+    assert command("merge", "recipe.json", "out", "-q")[0] == 0

@@ -1,0 +1,335 @@
+"""Whatever happens to a merge, there is a clear error and no half result, or the whole result."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_subspace.cli.app import run as command
+from peft_subspace.merging import execute, files, merge
+from peft_subspace.merging.journal import Journal
+from peft_subspace.merging.methods.registry import Parameter, get, names
+from peft_subspace.task_vectors.errors import InputError, OutputError
+from tests.merging import crashes
+from tests.merging.tiny import contents, recipe, trio, write
+
+
+def test_killed_at_any_point_and_resumed_it_gives_the_same_bytes(tmp_path: Path) -> None:
+    found = crashes.run(tmp_path, points=12, seed=int.from_bytes(os.urandom(4), "little"))
+    assert found["compared"] == 12
+    assert found["killed"] >= 12
+    assert found["resumed"] >= 3
+
+
+def test_resuming_does_not_trust_what_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss of power, a tensor that the journal has may be full of zeros."""
+    trio(tmp_path)
+    table = recipe(tmp_path)
+    expected = contents(merge(table, tmp_path / "whole"))
+    stop_after(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        merge(table, tmp_path / "out", threads=1)
+    monkeypatch.undo()
+    weights = tmp_path / "out.partial" / "model.safetensors"
+    done = (tmp_path / "out.partial.journal").read_text().count("tensor")
+    assert done > 3
+    size = weights.stat().st_size
+    weights.write_bytes(b"\0" * size)
+    assert contents(merge(table, tmp_path / "out", resume=True)) == expected
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
+    """End a merge when so many tensors are in the journal."""
+    real, seen = Journal.add, []
+
+    def add(self: Journal, name: str, crc: int) -> None:
+        real(self, name, crc)
+        seen.append(name)
+        if len(seen) == tensors:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", add)
+
+
+def test_resuming_another_merge_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trio(tmp_path)
+    stop_after(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe(tmp_path), tmp_path / "out", threads=1)
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="its recipe differs"):
+        merge(recipe(tmp_path, subspace={"seed": 1}), tmp_path / "out", resume=True)
+    with pytest.raises(OutputError, match="an unfinished merge is there"):
+        merge(recipe(tmp_path), tmp_path / "out")
+    trio(tmp_path / "other")
+    shutil.rmtree(tmp_path / "a")
+    shutil.copytree(tmp_path / "other" / "c", tmp_path / "a")
+    with pytest.raises(OutputError, match="its inputs differs"):
+        merge(recipe(tmp_path), tmp_path / "out", resume=True)
+    merge(recipe(tmp_path), tmp_path / "out", overwrite=True)
+    assert merge(recipe(tmp_path), tmp_path / "out", resume=True) == tmp_path / "out"  # finished: nothing to do
+
+
+def test_two_processes_do_not_write_one_result(tmp_path: Path) -> None:
+    trio(tmp_path)
+    (tmp_path / "out.partial").mkdir()
+    journal = Journal(tmp_path / "out.partial.journal")
+    with pytest.raises(OutputError, match="another process is writing this merge"):
+        merge(recipe(tmp_path), tmp_path / "out", resume=True)
+    journal.close()
+    merge(recipe(tmp_path), tmp_path / "out", resume=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB, where the system lets us make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no right to mount a file system: {made.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_work(small_disk: Path, tmp_path: Path) -> None:
+    trio(tmp_path, width=96)
+    with pytest.raises(OutputError, match=r"the result has [\d,]+ bytes, and [\d,]+ are free"):
+        merge(recipe(tmp_path), small_disk / "out")
+    assert not (small_disk / "out").exists()
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(file, bytes(1024))
+    os.close(file)
+
+
+def test_a_disk_that_fills_up(small_disk: Path, tmp_path: Path) -> None:
+    models = trio(tmp_path, torch.bfloat16, width=32)
+    ballast = small_disk / "ballast"
+    real = files.OutputFiles.write
+
+    def fills(self: Any, name: str, offset: int, data: Any) -> None:  # somebody else writes at the same time
+        if not ballast.exists():
+            fill(ballast)
+        real(self, name, offset, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.OutputFiles, "write", fills)
+        with pytest.raises(OutputError, match=r"the disk is full. Free some space, then go on with --resume"):
+            merge(recipe(tmp_path), small_disk / "out")
+    assert not (small_disk / "out").exists()
+    ballast.unlink()
+    out = merge(recipe(tmp_path), small_disk / "out", resume=True)
+    whole = merge(recipe(tmp_path), tmp_path / "whole")
+    assert contents(out) == contents(whole)
+    assert len(models) == 4
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    trio(tmp_path, width=64)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"the system allows no file of this size \(ulimit -f\)"):
+            merge(recipe(tmp_path), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_becomes_shorter_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trio(tmp_path)
+    real = execute.execute
+
+    def cut(*args: Any) -> None:
+        os.truncate(tmp_path / "a" / "model.safetensors", 3000)
+        real(*args)
+
+    monkeypatch.setattr(execute, "execute", cut)
+    with pytest.raises(InputError, match=r"a/model.safetensors: became shorter while it was read, at tensor"):
+        merge(recipe(tmp_path), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_truncated_model(tmp_path: Path) -> None:
+    trio(tmp_path)
+    file = tmp_path / "a" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        merge(recipe(tmp_path), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    trio(tmp_path)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", Path(), Path("..")):
+        with pytest.raises(OutputError):
+            merge(recipe(tmp_path), out)
+
+
+def test_a_kernel_that_refuses_leaves_nothing(tmp_path: Path) -> None:
+    """Some things are seen only when a tensor is merged."""
+    from peft_subspace.task_vectors.lora_files import safetensors_bytes
+
+    models = trio(tmp_path)
+    grams = {name: torch.zeros(t.shape[1], t.shape[1]) for name, t in models["a"].items() if "q_proj" in name}
+    (tmp_path / "gram.safetensors").write_bytes(safetensors_bytes(grams, {}))
+    table = recipe(tmp_path, "regmean", "a")
+    table["models"][0]["parameters"] = {"weight": 0.0, "statistics": str(tmp_path / "gram.safetensors")}
+    with pytest.raises(ValueError, match="has no statistics, and the weights sum to 0"):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_ctrl_c_leaves_something_to_resume(tmp_path: Path) -> None:
+    trio(tmp_path)
+    expected = contents(merge(recipe(tmp_path), tmp_path / "whole"))
+    seen = []
+
+    def interrupt(count: int) -> None:
+        seen.append(count)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe(tmp_path), tmp_path / "out", threads=1, progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    assert contents(merge(recipe(tmp_path), tmp_path / "out", resume=True)) == expected
+
+
+# Recipes of all kinds, with real models: an exit code and a line of text, never a traceback ---------------------------------
+
+_WAYS = ["cat", "exact", "dense", "knots"]
+_STRANGE: list[Any] = [float("nan"), float("inf"), -1e38, 1e38, 0, -2, "1e-3", "x", True, None, []]
+_SUBSPACE = st.fixed_dictionaries(
+    {},
+    optional={
+        "semantics": st.sampled_from(["mergekit", "peft", "paper"]),
+        "seed": st.sampled_from([0, 1, -1]),
+        "output": st.sampled_from(["model", "adapter", "task_vector"]),
+        "on_missing": st.sampled_from(["error", "base", "skip"]),
+        "embeddings": st.sampled_from(["truncate", "pad_from_base"]),
+        "base_check": st.sampled_from(["warn", "error", "off"]),
+        "non_finite": st.sampled_from(["error", "allow"]),
+        "shard_size": st.sampled_from(["1KB", "3kb", 10, 0]),
+        "compute_dtype": st.sampled_from(["float32", "float64"]),
+        "align": st.sampled_from([None, "weight_matching"]),
+        "adapter": st.fixed_dictionaries({}, optional={"rank": st.integers(1, 9), "method": st.sampled_from(_WAYS)}),
+    },
+)
+_GOOD, _BAD = ["a", "b", "c", "base+lora", "lora", "tv.safetensors"], ["base", "lost", "short", "broken", "nan", "a+lora", "x"]
+
+
+def _value(parameter: Parameter) -> st.SearchStrategy[Any]:
+    """Mostly what a parameter accepts, as a number, a gradient, or by filter."""
+    good: st.SearchStrategy[Any] = st.booleans()
+    if parameter.choices:
+        good = st.sampled_from(parameter.choices)
+    elif isinstance(parameter.default, float):
+        good = st.floats(-2.0 if parameter.minimum is None else parameter.minimum, 2.0 if parameter.maximum is None else 1.0)
+    elif isinstance(parameter.default, int) and not isinstance(parameter.default, bool):
+        good = st.integers(1, 4)
+    gradient = st.lists(good, min_size=1, max_size=3)
+    condition = st.fixed_dictionaries({"value": good}, optional={"filter": st.sampled_from(["mlp", "*", "norm"])})
+    by_filter = st.lists(condition, min_size=1, max_size=2)
+    return st.one_of(good, good, good, gradient, by_filter, st.sampled_from(_STRANGE))
+
+
+@st.composite
+def _recipes(draw: st.DrawFn) -> dict[str, Any]:
+    """A recipe that is right more often than not; models are named by their folders."""
+    method = get(draw(st.sampled_from(names())))
+    scopes = {scope: [p for p in method.parameters if p.scope == scope] for scope in ("global", "model")}
+
+    def some(parameters: list[Parameter]) -> dict[str, Any]:
+        chosen = draw(st.lists(st.sampled_from(parameters), max_size=2)) if parameters else []
+        return {parameter.name: draw(_value(parameter)) for parameter in chosen}
+
+    most = method.maximum or 3
+    count = draw(st.integers(min(method.minimum, most), most))
+    entries = []
+    for _ in range(count):
+        model = draw(st.sampled_from(_GOOD + _GOOD + _BAD))
+        own = some(scopes["model"])
+        if method.statistics:
+            own["statistics"] = draw(st.sampled_from(["statistics.safetensors"] * 5 + ["broken/model.safetensors", "x"]))
+        entries.append({"model": model, "parameters": own})
+    table: dict[str, Any] = {"merge_method": method.name, "models": entries, "parameters": some(scopes["global"])}
+    table["base_model"] = draw(st.sampled_from(["base"] * 8 + ["a", "lora", "lost", None]))
+    table["subspace"] = draw(st.one_of(st.just({}), _SUBSPACE))
+    if draw(st.booleans()):
+        table["out_dtype"] = draw(st.sampled_from(["float16", "bfloat16", "float32", "int8"]))
+    return {key: value for key, value in table.items() if value is not None}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good, incomplete and broken models, an adapter, a task vector."""
+    from peft_subspace.task_vectors.lora_files import json_bytes, safetensors_bytes
+    from peft_subspace.task_vectors.task_vector import TaskVector
+
+    folder = tmp_path_factory.mktemp("zoo")
+    models = trio(folder, torch.bfloat16)
+    write(folder / "lost", {name: tensor for name, tensor in models["a"].items() if "norm" not in name})
+    write(folder / "short", {**models["a"], "lm_head.weight": models["a"]["lm_head.weight"][:30]})
+    write(folder / "broken", models["a"])
+    os.truncate(folder / "broken" / "model.safetensors", 999)
+    TaskVector.open(folder / "c", folder / "base").save(folder / "tv.safetensors")
+    (folder / "lora").mkdir()
+    prefix = "base_model.model.model.layers.1.mlp.up_proj"
+    factors = {f"{prefix}.lora_A.weight": torch.randn(2, 16), f"{prefix}.lora_B.weight": torch.randn(32, 2)}
+    (folder / "lora" / "adapter_model.safetensors").write_bytes(safetensors_bytes(factors, {}))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    damaged = {name: tensor.clone() for name, tensor in models["a"].items()}
+    damaged["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
+    write(folder / "nan", damaged)
+    statistics = {name: torch.rand(tensor.shape) for name, tensor in models["a"].items() if "norm" in name}
+    statistics |= {name: torch.eye(t.shape[1]) for name, t in models["a"].items() if "q_proj" in name}
+    (folder / "statistics.safetensors").write_bytes(safetensors_bytes(statistics, {}))
+    (folder / "lora" / "adapter_config.json").write_bytes(json_bytes(config))
+    return folder
+
+
+def test_no_recipe_ends_in_a_traceback(zoo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    codes = Counter[int]()
+
+    @settings(max_examples=100, deadline=None)
+    @given(_recipes())
+    def check(table: dict[str, Any]) -> None:
+        for left in zoo.glob("*out*"):  # of an example that failed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        (zoo / "recipe.yaml").write_text(yaml.safe_dump(table))
+        code = command(["merge", "recipe.yaml", "out", "--quiet"])
+        printed = capfd.readouterr()
+        codes[code] += 1
+        assert code in (0, 2, 3), (code, printed.err)
+        assert printed.err.count("Error: ") == (code != 0)
+        assert Path("out").exists() == (code == 0)
+        assert not [path.name for path in zoo.iterdir() if "out." in path.name]
+        if code == 0:
+            assert command(["verify", "out", "--quiet"]) == 0
+            shutil.rmtree("out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(zoo)
+        check()
+    assert min(codes[0], codes[2], codes[3]) >= 10, codes  # all of it was seen
