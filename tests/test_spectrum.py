@@ -10,7 +10,7 @@ from peft import get_peft_model
 from rich.console import Console
 
 from peft_subspace import SvfitConfig, draw_spectrum, spectrum_table, weight_spectra
-from peft_subspace.__main__ import main
+from peft_subspace.cli import run
 from tests.pico import MODELS
 
 
@@ -53,14 +53,12 @@ def test_table_and_picture(tmp_path: Path) -> None:
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    MODELS["bert"].model().save_pretrained(tmp_path / "model")
+    folder, picture = str(tmp_path / "model"), tmp_path / "picture.png"
+    MODELS["bert"].model().save_pretrained(folder)
     capsys.readouterr()
-    picture = tmp_path / "picture.png"
-    main(["spectrum", str(tmp_path / "model"), "--target-modules", "query", "--energy", "0.5", "--picture", str(picture)])
-    assert "r at 50 %" in capsys.readouterr().out
+    assert run(["inspect", folder, "--spectrum", "--plot", str(picture)]) == 0
+    assert "r at 90 %" in capsys.readouterr().out
     assert picture.exists()
-    for arguments in (["--energy", "2"], ["--target-modules", "bogus"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(["spectrum", str(tmp_path / "model"), *arguments])
-        assert stopped.value.code == 2
-        assert arguments[1] in capsys.readouterr().err
+    assert run(["inspect", folder, "--spectrum", "--plot", "x.nothing"]) == 2
+    assert "a picture ends in one of" in capsys.readouterr().err
+    assert run(["inspect", str(tmp_path / "bogus"), "--spectrum"]) == 3

@@ -193,7 +193,7 @@ def inspect(
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
 ) -> None:
-    """Norms, cosines, sign conflict, density and spectrum of task vectors."""
+    """Norms, cosines, sign conflict, density, spectrum of task vectors; with --spectrum and no base: spectrum of a model."""
     import torch
 
     from ..task_vectors.compare import compare
@@ -202,6 +202,13 @@ def inspect(
     from ..task_vectors.task_vector import TaskVector
     from .inspection import draw, show
 
+    if spectrum and base is None and len(models) == 1 and (full := open_source(models[0]).full) is not None:
+        from .spectra import show_weights
+
+        show_weights(full.path, plot, quiet)
+        if plot is not None:
+            console.say(f"{plot}: drawn.", quiet)
+        return
     with pickles_allowed(allow_pickle), torch.inference_mode():
         own = None if base is None else open_source(base)
         vectors = [TaskVector.of_source(without_base(open_source(model), own), own) for model in models]

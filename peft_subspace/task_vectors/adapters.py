@@ -66,6 +66,11 @@ def read_adapter(checkpoint: Checkpoint, model_type: str | None = None) -> Adapt
         return _lora(checkpoint)
     if kind == "FLORA":
         return _flora(checkpoint, model_type)
+    if kind == "SVFIT":  # its update is a scaling of the base's own weight, and its basis need not be in the file
+        raise InputError(
+            f"{checkpoint.name}: is a SVFIT adapter. Turn it into LoRA first, which is exact: "
+            f"`peft-subspace export {checkpoint.name} FOLDER`, and give that folder instead."
+        )
     raise InputError(
         f"{checkpoint.name}: is a {kind} adapter. Accepted: LORA, FLORA. Merge it into its model first "
         f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."

@@ -1,0 +1,48 @@
+"""`peft-subspace inspect MODEL --spectrum`: the singular values of a model's own weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..task_vectors.errors import InputError, OutputError, RecipeError
+
+
+def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
+    """Print r at 90 and 99 % of the squared norm for every linear layer, or convolution, of a model; draw them if asked.
+
+    Raises:
+        InputError: transformers cannot load the folder.
+        RecipeError: matplotlib does not know the picture's ending.
+        OutputError: the picture cannot be written.
+    """
+    from rich.console import Console
+    from transformers import AutoModel
+
+    from ..spectrum import draw_spectrum, spectrum_table, weight_spectra
+
+    if plot is not None:
+        _check_ending(plot)
+    try:
+        model = AutoModel.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: transformers cannot load it: {error}") from error
+    spectra = weight_spectra(model, None)
+    if not quiet:
+        Console().print(spectrum_table(spectra))
+    if plot is not None:
+        try:
+            draw_spectrum(spectra, plot)
+        except OSError as error:
+            raise OutputError(f"{plot}: cannot be written: {error.strerror}.") from error
+
+
+def _check_ending(plot: Path) -> None:
+    """Before minutes of work."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise RecipeError("--plot needs matplotlib: pip install 'peft-subspace[examples]'.") from error
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if plot.suffix[1:].lower() not in known:
+        raise RecipeError(f"{plot}: a picture ends in one of {', '.join(sorted(known))}.")
