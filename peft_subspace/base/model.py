@@ -245,7 +245,8 @@ class SubspaceModel(BaseTuner):
     @classmethod
     def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Biases that `bias` trains. Those of whole trained modules are saved with their modules."""
-        whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+        names = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        whole = tuple(f"{name.replace('_fsdp_wrapped_module.', '')}." for name in names)  # keys of FSDP's states are without
         found = super()._get_learnable_bias_state_dict(model, state_dict, config)
         return {key: value for key, value in found.items() if not key.startswith(whole)}
 
