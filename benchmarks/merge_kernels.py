@@ -54,7 +54,9 @@ def main() -> None:
     options = parser.parse_args()
     if torch.get_num_threads() != 1:
         parser.error("set OMP_NUM_THREADS=1: threads that wait count as CPU time")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    path = options.output / "merge-kernels.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for size in options.sizes:
         base = torch.randn(size, size).mul_(0.02)
         models = [base + 0.002 * torch.randn(size, size) for _ in range(3)]
@@ -72,13 +74,12 @@ def main() -> None:
             nanoseconds = min(a for a, _ in pairs) / size**2 / 3 * 1e9
             row = {"size": size, "method": method, "ns_per_entry_and_model": nanoseconds, "cpu_s": pairs, "ratios": ratios}
             rows.append(row)
+            path.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
             print(
                 f"| `{method}` | {size} x {size} | {nanoseconds:.1f} | {statistics.median(ratios):.1f} "
                 f"({min(ratios):.1f}-{max(ratios):.1f}) |",
                 flush=True,
             )
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "merge-kernels.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

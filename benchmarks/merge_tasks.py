@@ -67,7 +67,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "Iso-C": ("iso_c", {}),
     "Iso-CTS": ("iso_cts", {}),
     "KnOTS-TIES 0.2": ("knots", {"density": 0.2}),
-    "Fisher": ("fisher", {"floor": 1e-10}),
+    "Fisher": ("fisher", {}),
     "RegMean": ("regmean", {}),
     "EMR, masks for each task": ("emr", {"masks": True}),
 }

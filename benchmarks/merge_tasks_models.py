@@ -178,7 +178,11 @@ def gram_matrices(model: nn.Module, rows: Rows) -> dict[str, Tensor]:
 
 
 def fisher_information(model: nn.Module, rows: Rows) -> dict[str, Tensor]:
-    """Mean over the rows of the squared gradient of the log-likelihood of the label that the model itself finds likeliest."""
+    """Mean over the rows of the squared gradient of the log-likelihood of the label that the model itself finds likeliest.
+
+    Over its root mean square: the Fisher information of a task that a model is sure of is smaller by orders of magnitude, and
+    the merge would be the model that is least sure.
+    """
     parameters = {name: value for name, value in model.named_parameters() if name.startswith(BACKBONE)}
     found = {name: torch.zeros_like(value) for name, value in parameters.items()}
     model.eval()
@@ -189,4 +193,6 @@ def fisher_information(model: nn.Module, rows: Rows) -> dict[str, Tensor]:
         for total, gradient in zip(found.values(), gradients, strict=True):
             if gradient is not None:
                 total.add_(gradient.square_(), alpha=1 / len(rows.labels))
-    return found
+    squares = sum(float(x.double().square().sum()) for x in found.values())
+    size = (squares / sum(x.numel() for x in found.values())) ** 0.5
+    return {name: x / size for name, x in found.items()}

@@ -52,7 +52,8 @@ def regmean(inputs: Inputs) -> Tensor:
 def fisher(inputs: Inputs) -> Tensor:
     """Sigma_k w_k F_k * theta_k / Sigma_k w_k F_k, entry by entry; F_k the diagonal Fisher information, at least `floor`.
 
-    Tensors without Fisher information are averaged.
+    Tensors without Fisher information are averaged. That of different tasks may differ by orders of magnitude: bring each to
+    one norm, or the least certain model wins.
     Cost: 1 read of the models and of as many statistics.
     Source: Fisher-weighted averaging (arXiv:2111.09832), equation 4.
     """
