@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import svd
+
 
 def stack(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Sigma_k w_k B_k A_k = [w_1 B_1 .. w_K B_K] [A_1; ..; A_K]: exact, of rank Sigma r_k.
@@ -23,12 +25,10 @@ def stack(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) ->
 
 
 def rank_for_energy(singular_values: Tensor, energy: float) -> int:
-    """Least r such that the r largest of `singular_values` (descending) have this share of the sum of all squares."""
-    squares = singular_values.double().square()
-    if not squares.any():
+    """`svd.rank_for_energy` of all singular values; 0 for a matrix of zeros, which a product of rank 0 is."""
+    if not singular_values.any():
         return 0
-    reached = squares.cumsum(0) / squares.sum() >= min(energy, 1.0) - 1e-12  # a sum of shares may miss 1 by rounding
-    return int(reached.nonzero()[0]) + 1 if reached.any() else singular_values.numel()
+    return svd.rank_for_energy(singular_values, min(energy, 1.0)) or singular_values.numel()
 
 
 def truncate_sum(
