@@ -192,20 +192,28 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def report(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Print a table for each kind of model and draw the picture."""
+    """Print a table for each kind of model and draw the picture, of the seeds that are complete."""
     import matplotlib.pyplot as plt
 
-    kinds = [kind for kind in KINDS if results.get(kind)]
+    wanted = {"base", *METHODS}
+    complete = {
+        kind: {
+            seed: found for seed, found in results.get(kind, {}).items() if wanted <= set(found) and int(seed) in options.seeds
+        }
+        for kind in KINDS
+    }
+    kinds = [kind for kind in KINDS if complete[kind]]
+    if not kinds:
+        raise SystemExit("no seed has a result of every method yet: run `merge` first")
     figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 7.5), squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
-        seeds = results[kind]
-        names = [name for name in ("base", *METHODS) if all(name in seed for seed in seeds.values())]
+        seeds = complete[kind]
         single = [statistics.mean(seed["single"][k] for seed in seeds.values()) for k in range(len(TASKS))]
         print(f"\n### {kind}, seeds {', '.join(seeds)}\n\n| method | lambda | {' | '.join(TASKS)} | mean (by seed) |")
         print(f"| --- | --- |{' --- |' * (len(TASKS) + 1)}")
         print(f"| single-task accuracy | | {' | '.join(f'{score:.3f}' for score in single)} | |")
         rows = []
-        for name in names:
+        for name in ("base", *METHODS):
             runs = [seed[name] for seed in seeds.values()]
             means = [statistics.mean(run["test"]) for run in runs]
             columns = [statistics.mean(run["test"][k] for run in runs) for k in range(len(TASKS))]
