@@ -39,24 +39,44 @@ def export_lora(adapter: str, out: Path, base: str | None) -> None:
     import peft
     import transformers
 
-    import peft_subspace
+    # a name of the package, so that it is executed and registers its types: the command starts with a stand-in for it
+    from peft_subspace import save_as_lora
 
+    transformers.utils.logging.set_verbosity_error()
     own: Any = {"num_labels": _labels(folder)} if str(config.get("task_type", "")).endswith("_CLS") else {}
-    loader: Any = getattr(transformers, _CLASSES.get(str(config.get("task_type")), "AutoModel"))
     try:
+        loader: Any = getattr(transformers, _class_of(config, name))
         model = loader.from_pretrained(name, **{key: value for key, value in own.items() if value})
         wrapped = peft.PeftModel.from_pretrained(model, os.fspath(folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{adapter} on {name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     partial = out.with_name(out.name + ".partial")
     try:
-        peft_subspace.save_as_lora(wrapped, partial)
+        save_as_lora(wrapped, partial)
         shutil.rmtree(out, ignore_errors=True)
         os.rename(partial, out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise InputError(f"{adapter}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _class_of(config: dict[str, Any], base: str) -> str:
+    """The class of the base: by the adapter's task, else as it was when the adapter was made, else by the base's config."""
+    import transformers
+
+    named = _CLASSES.get(str(config.get("task_type"))) or (config.get("auto_mapping") or {}).get("base_model_class")
+    return named if named and hasattr(transformers, named) else class_of_model(base)
+
+
+def class_of_model(name: str) -> str:
+    """The class in transformers that a model was saved from; AutoModel where its config does not say."""
+    import transformers
+
+    architectures = transformers.AutoConfig.from_pretrained(name).architectures or []
+    return next((found for found in architectures if hasattr(transformers, found)), "AutoModel")
 
 
 def _labels(folder: Path) -> int | None:

@@ -22,7 +22,7 @@ def show(found: Comparison) -> None:
     for column in ("model", "norm", "norm / base", "changed entries"):
         summary.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     for name, norm, relative, density in zip(found.names, found.norms, found.relative, found.density, strict=True):
-        summary.add_row(name, f"{norm:.4g}", f"{relative:.3g}" if found.base else "-", f"{density:.1%}")
+        summary.add_row(name, f"{norm:.4g}", *((f"{relative:.3g}", f"{density:.1%}") if found.base else "--"))
     console.print(summary)
     if len(found.names) > 1:
         table = Table(title="Cosines", title_justify="left")

@@ -16,18 +16,22 @@ def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
         RecipeError: matplotlib does not know the picture's ending.
         OutputError: the picture cannot be written.
     """
+    import transformers
     from rich.console import Console
-    from transformers import AutoModel
 
-    from ..spectrum import draw_spectrum, spectrum_table, weight_spectra
+    # names of the package, so that it is executed: the command starts with a stand-in for it
+    from peft_subspace import draw_spectrum, spectrum_table
+
+    from .exporting import class_of_model
 
     if plot is not None:
         _check_ending(plot)
+    transformers.utils.logging.set_verbosity_error()
     try:
-        model = AutoModel.from_pretrained(folder)
+        model = getattr(transformers, class_of_model(folder)).from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from error
-    spectra = weight_spectra(model, None)
+    spectra = _spectra(model)
     if not quiet:
         Console().print(spectrum_table(spectra))
     if plot is not None:
@@ -35,6 +39,19 @@ def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
             draw_spectrum(spectra, plot)
         except OSError as error:
             raise OutputError(f"{plot}: cannot be written: {error.strerror}.") from error
+
+
+def _spectra(model: Any) -> Any:
+    """Of all linear layers and convolutions but the output head."""
+    from peft_subspace import weight_spectra
+
+    problem = None
+    for targets in (["all-linear", "all-conv"], "all-linear", "all-conv"):
+        try:
+            return weight_spectra(model, targets)
+        except ValueError as error:  # it has none of one kind
+            problem = error
+    raise InputError(str(problem))
 
 
 def _check_ending(plot: Path) -> None:

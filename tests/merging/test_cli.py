@@ -187,6 +187,42 @@ def test_export(command: Command, tmp_path: Path) -> None:
     assert command("export", "flora", "lora", "--base", "llama")[0] == 4
 
 
+@pytest.mark.parametrize("method", ["FloraConfig", "SvfitConfig"])
+def test_export_from_a_shell(command: Command, method: str) -> None:
+    """Through the installed command, where nothing has imported the package before; and without a task type, PEFT's default."""
+    import peft
+
+    import peft_subspace
+    from tests.pico import MODELS
+    from tests.pico import run as output
+    from tests.processes import run_python
+
+    pico = MODELS["llama"]
+    pico.model().save_pretrained("llama")
+    config = getattr(peft_subspace, method)(r=2, init_weights=False, target_modules=["q_proj"])
+    wrapped = peft.get_peft_model(pico.model(), config)
+    wrapped.save_pretrained("adapter")
+    here = Path.cwd()
+    run_python("-m peft_subspace_cli", "export", here / "adapter", here / "as-lora", "--base", here / "llama")
+    loaded = peft.PeftModel.from_pretrained(pico.model(), "as-lora")
+    torch.testing.assert_close(output(loaded, pico.batch()), output(wrapped, pico.batch()))
+
+
+def test_export_of_what_lora_cannot_express(command: Command) -> None:
+    import peft
+
+    import peft_subspace
+    from tests.pico import MODELS
+
+    pico = MODELS["moe"]
+    pico.model().save_pretrained("moe")
+    config = peft_subspace.FloraConfig(r=2, target_modules=["router"], init_weights=False)
+    peft.get_peft_model(pico.model(), config).save_pretrained("adapter")
+    code, _, err = command("export", "adapter", "as-lora", "--base", "moe")
+    assert (code, "forward of its own" in err) == (3, True), err
+    assert not Path("as-lora").exists()
+
+
 def test_pickles_through_the_command_line(command: Command) -> None:
     tensors = read(Path("a"))
     Path("a/model.safetensors").unlink()

@@ -300,6 +300,22 @@ def test_a_model_of_another_base_is_seen(tmp_path: Path) -> None:
     merge(recipe(tmp_path, subspace={"base_check": "off"}), tmp_path / "out3")
 
 
+def test_an_adapter_with_a_trained_head_is_not_taken_for_another_model(tmp_path: Path) -> None:
+    """Its head is the only whole tensor that it brings, and may have moved as far as it likes."""
+    import peft
+
+    from tests.pico import MODELS
+
+    model = MODELS["bert"].model()
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    adapted = peft.get_peft_model(MODELS["bert"].model(), config)
+    with torch.no_grad():
+        adapted.get_base_model().classifier.modules_to_save["default"].weight.add_(5.0)
+    adapted.save_pretrained(str(tmp_path / "a"))
+    merge(recipe(tmp_path, models="a", subspace={"base_check": "error"}), tmp_path / "out")
+
+
 def test_models_are_aligned_before_they_are_merged(tmp_path: Path) -> None:
     """A model whose neurons are in another order merges as if they were not, and the manifest names the model itself."""
     from tests.pico import MODELS
