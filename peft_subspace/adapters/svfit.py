@@ -357,7 +357,7 @@ class SvfitDelta(Delta):
         possible = {"one-sided": True, "built": plain and not dropout, "factored": plain and self._may_factor(x)}
         if config.form != "auto":
             return config.form if possible[config.form] else "one-sided"
-        train = torch.is_grad_enabled() and self.shift.requires_grad
+        train = torch.is_grad_enabled()  # a frozen adapter computes what a trained one does, and may pass a gradient on
         return choose_form(tokens, self.rows, self.columns, self.r, train, possible["built"], possible["factored"])
 
     def _may_factor(self, x: Tensor) -> bool:
