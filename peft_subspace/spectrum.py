@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.svfit import matrix_shape
+from .adapters.svfit import SvfitConfig, SvfitModel, matrix_shape
 from .base import SubspaceConfig
 from .base.targets import find_targets, resolve_targets
 from .functional.svd import rank_for_energy, spectrum
@@ -77,8 +77,6 @@ def weight_spectra(
 
 @torch.no_grad()
 def _matrices(model: nn.Module, target_modules: Any) -> Iterator[tuple[str, Tensor]]:
-    from .adapters.svfit import SvfitConfig, SvfitModel
-
     config: SubspaceConfig = SvfitConfig(target_modules=target_modules)
     resolve_targets(config, model)
     for name, geometries in find_targets(model, config, SvfitModel._check_target_module_exists).items():
