@@ -1,7 +1,17 @@
 """Subspace methods for Hugging Face PEFT. Importing the package registers its PEFT types."""
 
 from ._version import __version__
-from .adapters import FloraConfig, FloraDelta, FloraModel, SvfitConfig, SvfitDelta, SvfitModel
+from .adapters import (
+    AtlasConfig,
+    AtlasDelta,
+    AtlasModel,
+    FloraConfig,
+    FloraDelta,
+    FloraModel,
+    SvfitConfig,
+    SvfitDelta,
+    SvfitModel,
+)
 from .base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
 from .export import save_as_lora, to_lora
 from .hub import write_model_card
@@ -11,6 +21,9 @@ from .spectrum import WeightSpectrum, draw_spectrum, spectrum_table, weight_spec
 check_peft_version()
 
 __all__ = [
+    "AtlasConfig",
+    "AtlasDelta",
+    "AtlasModel",
     "Delta",
     "FloraConfig",
     "FloraDelta",

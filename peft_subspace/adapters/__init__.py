@@ -1,6 +1,17 @@
 """One file per method: its config and its Delta. Importing a file registers the method with PEFT."""
 
+from .atlas import AtlasConfig, AtlasDelta, AtlasModel
 from .flora import FloraConfig, FloraDelta, FloraModel
 from .svfit import SvfitConfig, SvfitDelta, SvfitModel
 
-__all__ = ["FloraConfig", "FloraDelta", "FloraModel", "SvfitConfig", "SvfitDelta", "SvfitModel"]
+__all__ = [
+    "AtlasConfig",
+    "AtlasDelta",
+    "AtlasModel",
+    "FloraConfig",
+    "FloraDelta",
+    "FloraModel",
+    "SvfitConfig",
+    "SvfitDelta",
+    "SvfitModel",
+]

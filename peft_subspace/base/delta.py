@@ -33,6 +33,9 @@ class Delta(nn.Module):
     takes_over: ClassVar[bool] = False
     # Whether it does so without the base's weight: then no second adapter of its kind can be active beside it.
     replaces_base: ClassVar[bool] = False
+    # Whether the effective weight is composed of whole weights, once per change, and put in place of the base's. Then every
+    # parameter of a module can carry an adapter (norms and biases too), and `accumulate` and `pull_back` are needed.
+    composes_weight: ClassVar[bool] = False
     # Names of the tensors that are not trained, for whoever counts what a file holds.
     frozen: ClassVar[tuple[str, ...]] = ()
 
@@ -44,6 +47,11 @@ class Delta(nn.Module):
     @classmethod
     def check(cls, geometry: Geometry, config: SubspaceConfig) -> None:
         """Raise ValueError if the config does not fit the weight. Called for every layer before the model is touched."""
+
+    @classmethod
+    def applies(cls, config: SubspaceConfig) -> bool:
+        """Whether an adapter acts on a weight of a wrapped module; `config` has the overrides of that weight filled in."""
+        return True
 
     # What depends on the weight ----------------------------------------------------------------------------------------
 
@@ -88,6 +96,29 @@ class Delta(nn.Module):
 
     def call(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's whole output; only for `takes_over` and `replaces_base`."""
+        raise NotImplementedError
+
+    # Only for `composes_weight` -----------------------------------------------------------------------------------------
+
+    @property
+    def adds(self) -> bool:
+        """Whether `forward` adds the update to the output after all, because no weight needs to be made for it."""
+        return False
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """The tensors that the composed weight depends on."""
+        return tuple(self.parameters())
+
+    def accumulate(self, total: Tensor) -> None:
+        """Add dW to `total` in place: contiguous, in the module's own layout, float32 or wider; no graph."""
+        raise NotImplementedError
+
+    def pull_back(self) -> Callable[[Tensor], Sequence[Tensor | None]]:
+        """A function from dL/dW (the module's own layout, the base's dtype) to one gradient for each of `trained`.
+
+        Called when the weight is composed: what the function needs of the present values, it keeps.
+        """
         raise NotImplementedError
 
     def delta_weight(self, weight: Weight) -> Tensor:

@@ -178,6 +178,22 @@ def describe(module: nn.Module, parameter: str | None = None) -> dict[str, Geome
     return {"weight": geometry}
 
 
+def describe_all(module: nn.Module) -> dict[str, Geometry]:
+    """Every parameter of a module, for methods that compose weights: a layer's weight by its operators, others as they are.
+
+    Returns:
+        parameter name (dotted below the module) -> geometry; empty for a module with children (its own parameters are
+        `target_parameters`), and for a BatchNorm with running statistics, which belong to an adapter in another way.
+    """
+    attention = isinstance(module, nn.MultiheadAttention)
+    if not attention and (any(True for _ in module.children()) or getattr(module, "running_mean", None) is not None):
+        return {}
+    found = describe(module)
+    for name, parameter in module.named_parameters():
+        found.setdefault(name, _own_weight(tuple(getattr(parameter, "ds_shape", parameter.shape))))
+    return found
+
+
 def _own_weight(shape: tuple[int, ...]) -> Geometry:
     return Geometry("weight", shape, reads_own_weight=True)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..functional.low_rank import without_autocast
 from .config import SubspaceConfig
 from .delta import Delta
-from .geometry import FLOAT_DTYPES, Geometry, describe
+from .effective import EffectiveWeights
+from .geometry import FLOAT_DTYPES, Geometry, describe, describe_all
 from .layer import SubspaceLayer
 
 
@@ -32,14 +33,7 @@ class CalledLayer(SubspaceLayer):
         kernel = self.geometries[self.adapter_layer_names[0]][1].kernel
         if kernel and x.ndim == len(kernel) + 1:  # a convolution also takes one sample without a batch axis
             return self._add(deltas, x[None], y0[None])[0]
-        out = y0
-        with without_autocast(out):  # an update is in the dtype of the output: autocast would turn that of an embedding
-            for delta in deltas:
-                if delta.geometry.kind == "embedding":
-                    out = delta(x, y0, out)
-                else:
-                    out = delta(delta.dropped(x, out), y0, out)
-        return out
+        return add_updates(deltas, x, y0)
 
     def _taken_over(self, names: list[str], deltas: list[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One adapter calls the base layer; the dense updates of further ones are added, which is exact and not fast."""
@@ -59,6 +53,18 @@ class CalledLayer(SubspaceLayer):
         return out
 
 
+def add_updates(deltas: list[Delta], x: Tensor, y0: Tensor) -> Tensor:
+    """The base's output plus the updates of several adapters, one after the other."""
+    out = y0
+    with without_autocast(out):  # an update is in the dtype of the output: autocast would turn that of an embedding
+        for delta in deltas:
+            if delta.geometry.kind == "embedding":
+                out = delta(x, y0, out)
+            else:
+                out = delta(delta.dropped(x, out), y0, out)
+    return out
+
+
 class OwnWeightLayer(SubspaceLayer):
     """For modules that read their own weights: W + dW stands in for the attribute during the call.
 
@@ -69,7 +75,10 @@ class OwnWeightLayer(SubspaceLayer):
 
     def __init__(self, base_layer: nn.Module, prefix: str, delta_cls: type[Delta], **kwargs: Any) -> None:
         super().__init__(base_layer, prefix, delta_cls, **kwargs)
-        for weight, _ in self.geometries.values():
+        self._effective = EffectiveWeights()
+        for weight, geometry in self.geometries.values():
+            if geometry.quantized:
+                continue  # it can be called; whether it needs to be read is the method's matter
             dtype = self.get_base_layer().get_parameter(weight).dtype
             if dtype not in FLOAT_DTYPES:
                 raise ValueError(
@@ -88,15 +97,23 @@ class OwnWeightLayer(SubspaceLayer):
         try:
             if names:
                 for container in self.geometries:
-                    owner, name = self._locate(container)
-                    owner.__dict__[name] = self._effective_weight(container, names)
-                    shadowed.append((owner, name))
+                    active = [name for name in names if self._is_composed(container, name)]
+                    if active:
+                        owner, name = self._locate(container)
+                        owner.__dict__[name] = self._effective_weight(container, active)
+                        shadowed.append((owner, name))
             return self.base_layer(*args, **kwargs)
         finally:
             for owner, name in shadowed:
                 owner.__dict__.pop(name, None)
 
+    def _is_composed(self, container: str, adapter_name: str) -> bool:
+        deltas = getattr(self, container)
+        return adapter_name in deltas and not deltas[adapter_name].adds
+
     def _effective_weight(self, container: str, names: list[str]) -> Tensor:
+        if self.delta_cls.composes_weight and not torch.compiler.is_compiling():  # a compiled graph composes by itself
+            return self._effective.get(self, container, names)
         owner, name = self._locate(container)
         weight = getattr(owner, name)
         geometry = self.geometries[container][1]
@@ -132,6 +149,31 @@ class OwnWeightLayer(SubspaceLayer):
                 outputs[row] = output.select(axis, position)
                 weights[row] = None if attention is None else attention[position]
         return torch.stack(outputs, axis), None if weights[0] is None else torch.stack(weights)
+
+
+class ComposedLayer(OwnWeightLayer):
+    """A module of any type whose effective parameters are composed, norms, biases and embeddings too.
+
+    An update that is cheaper to add than to compose (`Delta.adds`) is added to the output, as in `CalledLayer`; it needs no
+    weight of the base, which may then be quantised.
+    """
+
+    def _describe(self) -> dict[str, Geometry]:
+        return describe_all(self.get_base_layer())
+
+    def train(self, mode: bool = True) -> ComposedLayer:
+        """Set the mode; weights that were composed before are forgotten."""
+        self._effective.clear()
+        return super().train(mode)
+
+    def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        added = [delta for name in names for delta in self.deltas(name).values() if delta.adds]
+        out = super()._adapted_forward(names, *args, **kwargs)
+        if not added:
+            return out
+        if self.quantization_backend is not None:
+            out = self.quantization_backend.maybe_clone_base_result(out)
+        return add_updates(added, args[0], out)
 
 
 class ParamWrapper(OwnWeightLayer):
@@ -170,6 +212,8 @@ def make_layer(
     if parameter_name is not None:
         return ParamWrapper(target, prefix, delta_cls, parameter_name, **kwargs)
     layers: Callable[..., SubspaceLayer] = CalledLayer
-    if any(geometry.reads_own_weight for geometry in describe(target).values()):
+    if delta_cls.composes_weight:
+        layers = ComposedLayer
+    elif any(geometry.reads_own_weight for geometry in describe(target).values()):
         layers = OwnWeightLayer
     return layers(target, prefix, delta_cls, **kwargs)

@@ -130,7 +130,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         is_new = not (inference_mode or config.is_from_file or config.awaits_weights is not None)
 
         for container, (weight, geometry) in self.geometries.items():
-            delta = self.delta_cls(geometry, config.for_layer(key, weight))
+            resolved = config.for_layer(key, weight)
+            if not self.delta_cls.applies(resolved):
+                continue
+            delta = self.delta_cls(geometry, resolved)
             if adapter_name in delta.state_dict():
                 raise ValueError(
                     f"The adapter name {adapter_name!r} is the name of a tensor of the method. Choose another name."
@@ -176,7 +179,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         adapters = getattr(self, container)
         siblings = [delta for name, delta in adapters.items() if name != adapter_name]
         # decompositions are no matter of autocast; and what an inference makes must be good for training later
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(next(adapters[adapter_name].parameters())):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(_any_tensor(adapters[adapter_name], self)):
             adapters[adapter_name].prepare(partial(self._canonical_weight, container), siblings, saved)
 
     def deltas(self, adapter_name: str) -> dict[str, Any]:
@@ -186,7 +189,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether the adapter acts on this layer."""
-        return adapter_name in getattr(self, self.adapter_layer_names[0])
+        return any(adapter_name in getattr(self, container) for container in self.geometries)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Devices only. PEFT also casts to the base's dtype here, which would leave frozen buffers in bf16 for good.
@@ -215,8 +218,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return self._adapted_forward(self._here(self.active_adapters), x, *args, **kwargs)
 
     def _here(self, names: Sequence[str]) -> list[str]:
-        container = getattr(self, self.adapter_layer_names[0])
-        found = [name for name in names if name in container]
+        found = [name for name in names if self.has_adapter(name)]
         for name in found:
             self.complete(name)
         return found
@@ -261,16 +263,17 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 f"A {self.quantization_backend.backend_name} layer cannot be merged: its weight cannot be read back. Keep the "
                 f"adapter beside the base, or load the base unquantised to merge."
             )
-        for container, (path, _) in self.geometries.items():
-            owner, parameter = self._locate(container)
+        merging = [c for c in self.geometries if any(name in getattr(self, c) for name in [*self.merged_adapters, *names])]
+        for container in merging:
+            path, (owner, parameter) = self.geometries[container][0], self._locate(container)
             if self.quantization_backend is None and parameter not in owner._parameters:
                 raise ValueError(
                     f"{path} of {self._get_name()} is computed from other parameters (torch.nn.utils.parametrize): an "
                     f"adapter cannot be merged into it. Remove the parametrization first, or keep the adapter beside the base."
                 )
-        new = [container for container in self.geometries if container not in self._originals]
+        new = [container for container in merging if container not in self._originals]
         self._originals.update({container: _Original.of(self, container) for container in new})
-        merged = {name: self._merged_weight(name, [*self.merged_adapters, *names]) for name in self.geometries}
+        merged = {name: self._merged_weight(name, [*self.merged_adapters, *names]) for name in merging}
         for container, weight in merged.items():
             if safe_merge and not torch.isfinite(weight).all():
                 for changed in new:
@@ -299,14 +302,15 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         weight = self._base_weight(container)
         total = geometry.canonical(weight).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for name in names:
-            total += self.dense_update(container, name).to(total.device, total.dtype)
+            if name in getattr(self, container):
+                total += self.dense_update(container, name).to(total.device, total.dtype)
         return geometry.native(total).to(weight.dtype).contiguous()
 
     def dense_update(self, container: str, adapter_name: str) -> Tensor:
         """dW of one adapter and weight, canonical layout; the definition that everything else is tested against."""
         self.complete(adapter_name)
         delta = getattr(self, container)[adapter_name]
-        with without_autocast(next(delta.parameters())):
+        with without_autocast(_any_tensor(delta, self)):
             update: Tensor = delta.delta_weight(partial(self._canonical_weight, container))
         return update
 
@@ -390,6 +394,11 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         backend = self.quantization_backend
         return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
+
+
+def _any_tensor(delta: nn.Module, layer: SubspaceLayer) -> Tensor:
+    """A tensor on the device where a Delta computes: one that shares the tensors of another has none of its own."""
+    return next(tensor for module in (delta, layer.get_base_layer()) for tensor in module.parameters())
 
 
 def _pick_rows(values: Any, rows: Tensor, batch: int) -> Any:

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .holders import Holder
 from .layer import SubspaceLayer
 
 PEFT_PREFIX = "base_model.model."  # of the keys in an adapter file
@@ -116,6 +117,9 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     for name, module in reversed(list(model.named_modules())):  # inner wrappers before outer ones
         if isinstance(module, BaseTunerLayer):
             others = module._get_available_adapters() - {adapter_name}
+            if isinstance(module, Holder) and not others:
+                module.take_off()
+                continue
             original: Any = module.base_layer  # type: ignore[attr-defined]
         elif isinstance(module, AuxiliaryTrainingWrapper):
             others = module._adapters - {adapter_name}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .batch_norm import BatchNormLayer, wrap_batch_norms
 from .delta import Delta
 from .geometry import Geometry, quantization_backend
+from .holders import Holder, find_holder, has_children
 from .kinds import ParamWrapper, make_layer
 from .layer import SubspaceLayer
 from .loading import PEFT_PREFIX, check_saved_modules, check_state_dict, complete_adapter, remove_adapter
@@ -108,7 +109,8 @@ class SubspaceModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         resolve_targets(peft_config, model)
-        targets = find_targets(model, peft_config, self._check_target_module_exists)
+        every = self.delta_cls.composes_weight
+        targets = find_targets(model, peft_config, self._check_target_module_exists, every_parameter=every)
         self._prepare_targets(peft_config, model, targets)
         check_patterns(peft_config, targets)
         for name, geometries in targets.items():
@@ -132,6 +134,10 @@ class SubspaceModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        beside = self.delta_cls.composes_weight and parameter_name is not None and has_children(target)
+        if beside and not isinstance(target, SubspaceLayer):
+            self._hold(peft_config, adapter_name, target, current_key, parameter_name)
+            return
         known = isinstance(target, SubspaceLayer) and getattr(target, "parameter_name", None) == parameter_name
         layer: Any = target if known else self._wrap(target, parameter_name)
         layer.update_layer(adapter_name, peft_config, current_key, inference_mode=peft_config.inference_mode)
@@ -139,12 +145,25 @@ class SubspaceModel(BaseTuner):
             layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
             setattr(parent, target_name, layer)
 
+    def _hold(self, config: Any, adapter_name: str, owner: nn.Module, key: str, parameter_name: Any) -> None:
+        holder = known = find_holder(owner, parameter_name)
+        if holder is None:
+            holder = Holder(owner, self.prefix, self.delta_cls, parameter_name)
+            holder.train(owner.training)
+            owner.add_module(f"{parameter_name}_holder", holder)
+        holder.update_layer(adapter_name, config, key, inference_mode=config.inference_mode)
+        if known is None:
+            holder.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
     def _wrap(self, target: nn.Module, parameter_name: str | None) -> SubspaceLayer:
         layer = make_layer(target, self.prefix, self.delta_cls, parameter_name, **get_quantization_kwargs(self.model))
         layer.train(target.training)
         return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, Holder):
+            child.take_off()
+            return
         setattr(parent, child_name, new_module)  # deltas move to their layer's device by themselves
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
@@ -202,7 +221,9 @@ class SubspaceModel(BaseTuner):
         for name, module in self.model.named_modules():
             if isinstance(module, SubspaceLayer):
                 name = name.replace(".base_layer", "")  # a wrapper inside another one
-                yield (f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name), module
+                if isinstance(module, Holder):
+                    name = name.rpartition(".")[0]
+                yield (f"{name}.{module.parameter_name}" if isinstance(module, (ParamWrapper, Holder)) else name), module
 
     @staticmethod
     def base_weight(model: nn.Module, name: str, weight: str) -> Tensor:

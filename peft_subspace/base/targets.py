@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import TARGET_SHORTHANDS, SubspaceConfig, find_pattern
-from .geometry import Geometry, describe
+from .geometry import Geometry, describe, describe_all
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -27,6 +27,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, BaseTunerLayer):
             closed.append(f"{name}.")
+            if getattr(module, "is_holder", False):
+                continue  # it stands beside the parameters of its parent, which is here already
             module = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             closed.append(f"{name}.")
@@ -34,6 +36,17 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         elif isinstance(module, nn.MultiheadAttention):
             closed.append(f"{name}.")  # its out_proj is read, not called: it is adapted together with the attention
         yield name, module
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """All parameters of the base: full name, the module that has it, its dotted name below that module, the parameter.
+
+    A tied parameter comes once for each of its names.
+    """
+    for name, module in base_modules(model):
+        whole = isinstance(module, nn.MultiheadAttention)  # its children are adapted together with it
+        for own, parameter in module.named_parameters(recurse=whole, remove_duplicate=False):
+            yield f"{name}.{own}", module, own, parameter
 
 
 def resolve_targets(config: SubspaceConfig, model: nn.Module) -> None:
@@ -116,13 +129,16 @@ def _fused_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{parameter_name}", parameter
 
 
-def find_targets(model: nn.Module, config: SubspaceConfig, matches: Any) -> dict[str, dict[str, Geometry]]:
+def find_targets(
+    model: nn.Module, config: SubspaceConfig, matches: Any, every_parameter: bool = False
+) -> dict[str, dict[str, Geometry]]:
     """All layers that the config names, described, with every way to go wrong refused before the model is touched.
 
     Args:
         model: the base model, perhaps with adapters already.
         config: the config, its shorthands resolved.
         matches: PEFT's rule, `(config, name) -> truthy`.
+        every_parameter: describe all parameters of a module (norms and biases too), not only its weight.
 
     Returns:
         layer name -> (weight name -> geometry).
@@ -137,12 +153,17 @@ def find_targets(model: nn.Module, config: SubspaceConfig, matches: Any) -> dict
     for name, module in modules.items():
         if not matches(config, name):
             continue
-        geometries = describe(module)
+        geometries = describe_all(module) if every_parameter else describe(module)
         if not geometries:
+            supported = (
+                "modules without children that have parameters of their own, except BatchNorm with running statistics,"
+                if every_parameter
+                else "linear layers (quantised and Conv1D too), convolutions, embeddings"
+            )
             raise ValueError(
-                f"Target module {name!r} ({type(module).__name__}) is not supported. Supported are linear layers (quantised "
-                f"and Conv1D too), convolutions, embeddings and MultiheadAttention; a bare parameter of any module can be "
-                f"adapted with target_parameters. Leave the layer out with exclude_modules."
+                f"Target module {name!r} ({type(module).__name__}) is not supported. Supported are {supported} and "
+                f"MultiheadAttention; a bare parameter of any module can be adapted with target_parameters. Leave the layer out "
+                f"with exclude_modules."
             )
         found[name] = geometries
     if config.target_parameters:

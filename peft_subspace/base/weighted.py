@@ -6,6 +6,7 @@ import copy
 import math
 from typing import TYPE_CHECKING, Any
 
+from .holders import Holder
 from .kinds import ParamWrapper
 from .targets import exact_targets
 
@@ -44,13 +45,16 @@ def add_weighted_adapter(
 
 def _combine_layer(tuner: Any, key: str, layer: Any, weights: dict[str, float], config: Any) -> dict[str, Any]:
     """Sum one layer's updates; notes the new ranks and the target in the config."""
-    if isinstance(layer, ParamWrapper):
+    if isinstance(layer, (ParamWrapper, Holder)):
         config.target_parameters = [*(config.target_parameters or []), key]
     else:
         config.target_modules.add(key)
     tensors = {}
     for container, (weight, _) in layer.geometries.items():
         found = [name for name in weights if layer.has_adapter(name)]
+        found = [name for name in found if container in layer.deltas(name)]
+        if not found:
+            continue
         deltas = [layer.deltas(name)[container] for name in found]
         fields, tensors[container] = tuner.delta_cls.combine(deltas, [weights[name] for name in found])
         exact = key if len(layer.geometries) == 1 else f"{key}.{weight}"

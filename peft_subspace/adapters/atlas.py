@@ -1,0 +1,363 @@
+"""aTLAS: learn how to combine task vectors, one coefficient for each vector and block of parameters.
+
+    tau_t = theta_t - theta_0            theta_b = theta_0,b + sum_t lambda[t, b] tau_t,b            lambda: 0 at the start, trained
+
+Source: Zhang et al., "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling" (arXiv:2407.02880), and its official
+code, `fredzzhang/atlas`; the paper's tables could not be read. What differs from that code is in docs/atlas.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..base import Delta, Geometry, SubspaceConfig, SubspaceModel
+from ..base.delta import Weight
+from ..functional import composition
+from ..functional.composition import Groups, LowRank, Vector
+from ..registration import register
+from ..task_vectors.pool import DTYPES, reference_text
+from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
+
+GRANULARITIES = ("task", "block", "row", "column", "partition")
+
+
+@dataclass
+class AtlasConfig(SubspaceConfig):
+    """aTLAS: `W' = W + sum_t lambda_t tau_t` with frozen task vectors; only the coefficients are trained and saved.
+
+    Args:
+        pool: name -> task vector: a fine-tuned model, a LoRA or FLoRA adapter, or a task-vector file, as a folder, a file or a
+            Hub id (`model@revision`), or `{"path": ..., "revision": ..., "base": ...}`.
+        base: the base of whole models in the pool, if it is not the model's own `name_or_path`.
+        exclude_pool: names to leave out (the target task's own vector, in the leave-one-out protocol).
+        target_modules: as everywhere; None takes every parameter that the pool changes.
+        block_types: kinds of parameters that become blocks: "linear", "conv", "embedding", "norm", "bias", "other".
+        granularity: what has a coefficient of its own for each vector: "block" (a parameter tensor; the paper), "task" (the whole
+            model: learned task arithmetic), "row" or "column" (output or input channel), "partition" (K random parts of a block).
+        partition: K, 1 to 256, for "partition". Blocks of one dimension keep one coefficient.
+        partition_seed: of the random parts.
+        tie_blocks: groups of endings of parameter names that share coefficients within a layer, such as
+            `[["q_proj.weight", "k_proj.weight"], ["weight", "bias"]]`.
+        fused_splits: ending of a parameter's name -> n: its rows have n coefficients, as a fused q, k, v weight has three.
+        init: start value of the coefficients, or name of a vector -> value (0 for the others). 0.3 is task arithmetic.
+        nonnegative: keep coefficients at or above zero (a negative one counts as zero and gets no gradient).
+        vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with one scale for each tensor.
+        placement: "device" keeps dense vectors where the weights are, "cpu" in the host's memory, "disk" in their files.
+        max_vector_bytes: refuse a pool that takes more memory.
+        strict: refuse vectors with tensors that fit no parameter of the model.
+        provenance: filled in: hashes of the vectors and samples of the base; a file's are checked on loading.
+    """
+
+    method: ClassVar[str] = "ATLAS"
+    title: ClassVar[str] = "aTLAS"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2407.02880"
+    patterns: ClassVar[dict[str, str]] = {}
+    opened: ClassVar[OpenedPool | None] = None  # of an instance, once it was put on a model
+    block: ClassVar[str] = ""  # of the config of one weight: its name
+
+    pool: dict[str, Any] = field(default_factory=dict, metadata={"help": "Name -> task vector."})
+    base: str | None = field(default=None, metadata={"help": "The base of whole models in the pool."})
+    exclude_pool: list[str] = field(default_factory=list, metadata={"help": "Vectors to leave out."})
+    block_types: list[str] = field(default_factory=lambda: list(BLOCK_TYPES), metadata={"help": "Kinds of parameters."})
+    granularity: Literal["task", "block", "row", "column", "partition"] = field(
+        default="block", metadata={"help": "What has a coefficient of its own."}
+    )
+    partition: int | None = field(default=None, metadata={"help": "Number of random parts of a block."})
+    partition_seed: int = field(default=0, metadata={"help": "Of the random parts."})
+    tie_blocks: list[list[str]] | None = field(default=None, metadata={"help": "Endings of names that share coefficients."})
+    fused_splits: dict[str, int] = field(default_factory=dict, metadata={"help": "Ending of a name -> parts of its rows."})
+    init: float | dict[str, float] = field(default=0.0, metadata={"help": "Start value of the coefficients."})
+    nonnegative: bool = field(default=False, metadata={"help": "Keep coefficients at or above zero."})
+    vector_dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32", metadata={"help": "Of dense vectors."})
+    placement: Literal["device", "cpu", "disk"] = field(default="device", metadata={"help": "Where dense vectors are."})
+    max_vector_bytes: int | None = field(default=None, metadata={"help": "Most memory that the pool may take."})
+    strict: bool = field(default=True, metadata={"help": "Refuse vectors that do not fit whole."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in: hashes of vectors and base."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout or self.rank_pattern:
+            raise ValueError(
+                f"dropout={self.dropout!r}, rank_pattern={self.rank_pattern!r}: composed weights have neither. Leave them out."
+            )
+        choices: dict[str, tuple[str, ...]] = {
+            "granularity": GRANULARITIES,
+            "vector_dtype": tuple(DTYPES),
+            "placement": ("device", "cpu", "disk"),
+        }
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
+        unknown = [kind for kind in self.block_types if kind not in BLOCK_TYPES]
+        if unknown or not self.block_types:
+            raise ValueError(f"block_types={self.block_types!r}: accepted are {', '.join(map(repr, BLOCK_TYPES))}.")
+        self._check_groups()
+        self._check_names()
+
+    def _check_groups(self) -> None:
+        if (self.partition is None) != (self.granularity != "partition"):
+            raise ValueError(
+                f"partition={self.partition!r} with granularity={self.granularity!r}: the number of parts goes with "
+                f"granularity='partition', and with no other."
+            )
+        if self.partition is not None and not 1 <= self.partition <= composition.MAX_PARTS:
+            raise ValueError(f"partition={self.partition!r}: a number of parts from 1 to {composition.MAX_PARTS} is expected.")
+        wrong = {name: n for name, n in self.fused_splits.items() if not isinstance(n, int) or n < 1}
+        if wrong:
+            raise ValueError(f"fused_splits={wrong!r}: a positive number of parts is expected for each ending.")
+
+    def _check_names(self) -> None:
+        unknown = sorted(set(self.exclude_pool) - set(self.pool))
+        unknown += sorted(set(self.init) - set(self.pool)) if isinstance(self.init, dict) else []
+        if unknown:
+            raise ValueError(f"{unknown} are not in the pool, which has {sorted(self.pool)}.")
+
+    @property
+    def vector_names(self) -> list[str]:
+        """Names of the vectors in the order of the coefficients: the pool's, or that of the file."""
+        if self.provenance is not None:  # a file's JSON keeps the order of a list, not of a table
+            return [record["name"] for record in self.provenance["vectors"]]
+        return [name for name in self.pool if name not in self.exclude_pool]
+
+    @property
+    def summary(self) -> tuple[str, str]:
+        """What a model card says in place of the ranks."""
+        return "Task vectors", ", ".join(f"{name} (`{reference_text(self.pool[name])}`)" for name in self.vector_names)
+
+    def for_layer(self, key: str, weight: str = "weight") -> Any:
+        """This config, with the name of the block."""
+        resolved = super().for_layer(key, weight)
+        resolved.block = block_name(key, weight)
+        return resolved
+
+    def start(self, count: int) -> list[float]:
+        """Start value of every vector's coefficients."""
+        if isinstance(self.init, dict):
+            return [float(self.init.get(name, 0.0)) for name in self.vector_names]
+        return [float(self.init)] * count
+
+    def tie(self, name: str) -> str:
+        """Blocks for which this is the same share their coefficients."""
+        if self.granularity == "task":
+            return "*"
+        for number, endings in enumerate(self.tie_blocks or []):
+            for ending in sorted(endings, key=len, reverse=True):
+                if name == ending or name.endswith(f".{ending}"):
+                    return f"{number}:{name.removesuffix(ending)}"
+        return name
+
+
+def groups_of(geometry: Geometry, config: Any) -> Groups | None:
+    """The groups of a block's entries that have coefficients of their own; None for one group."""
+    name, size = config.block, math.prod(geometry.shape)
+    split = next((n for ending, n in config.fused_splits.items() if name == ending or name.endswith(f".{ending}")), None)
+    if split is not None:
+        if geometry.shape[0] % split:
+            raise ValueError(f"fused_splits: its {geometry.shape[0]} rows cannot be divided into {split} equal parts.")
+        return Groups(split, partial(_along, geometry, 0, geometry.shape[0] // split))
+    if config.granularity == "row":
+        return Groups(geometry.shape[0], partial(_along, geometry, 0, 1))
+    if len(geometry.shape) < 2:
+        return None
+    if config.granularity == "column":
+        return Groups(geometry.shape[1], partial(_along, geometry, 1, 1))
+    if config.granularity == "partition":
+        return Groups(config.partition, partial(composition.partition, size, config.partition, config.partition_seed, name))
+    return None
+
+
+def _along(geometry: Geometry, axis: int, length: int) -> Tensor:
+    """The index along one axis of the canonical layout, in steps of `length`, for every entry of the flat module layout."""
+    sizes = [-1 if a == axis else 1 for a in range(len(geometry.shape))]
+    index = torch.arange(geometry.shape[axis], dtype=torch.int32) // length
+    return geometry.native(index.view(sizes).expand(geometry.shape)).reshape(-1)
+
+
+class AtlasDelta(Delta):
+    """The coefficients of one block: `coefficients` `[T]`, or `[T, K]`, float32, trained. Blocks that share coefficients look at
+    those of the first of them, which alone has the tensor.
+    """
+
+    composes_weight: ClassVar[bool] = True
+
+    def __init__(self, geometry: Geometry, config: Any) -> None:
+        super().__init__(geometry, config)
+        self.names: list[str] = config.vector_names
+        self.nonnegative: bool = config.nonnegative
+        self.groups = groups_of(geometry, config)
+        opened: OpenedPool | None = config.opened
+        self.pool = None if opened is None else opened.pool
+        self.block = config.block if opened is None else opened.source_of(config.block)
+        self.vectors: list[Vector | None] | None = None
+        tie = config.tie(self.block)
+        shape = (len(self.names),) if self.groups is None else (len(self.names), self.groups.count)
+        leader = None if opened is None else opened.leaders.setdefault((tie, shape[1:]), self)
+        if leader is None or leader is self:
+            start = torch.tensor(config.start(len(self.names)), dtype=torch.float32)
+            values = start.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+            self.coefficients = nn.Parameter(values if config.init_weights else values + 0.5 * torch.randn(shape))
+        else:
+            self.__dict__["leader"] = leader  # not a child: its tensor is in the file once, and has one place in the model
+
+    @classmethod
+    def check(cls, geometry: Geometry, config: Any) -> None:
+        """A quantised weight cannot be composed: all its vectors must be of low rank."""
+        groups = groups_of(geometry, config)
+        if geometry.quantized and (groups is not None or not config.opened.is_low_rank(config.block)):
+            raise ValueError(
+                "the weight is quantised and cannot be composed with dense task vectors, or by rows, columns or parts. Use LoRA "
+                "adapters as task vectors with granularity='block', or load the base unquantised."
+            )
+
+    @classmethod
+    def applies(cls, config: Any) -> bool:
+        return config.opened is None or config.block in config.opened.blocks
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        owner = self.__dict__.get("leader", self)
+        return (owner.coefficients,)
+
+    def values(self) -> Tensor:
+        """lambda, `[T]` or `[T, K]`, with the constraint."""
+        (coefficients,) = self.trained
+        return coefficients.clamp_min(0) if self.nonnegative else coefficients
+
+    # The vectors -------------------------------------------------------------------------------------------------------
+
+    def is_incomplete(self, saved: dict[str, Tensor] | None = None) -> bool:
+        return self.vectors is None
+
+    def prepare(self, weight: Weight, siblings: Sequence[Any], saved: dict[str, Tensor] | None = None) -> None:
+        """Get the vectors: those that another adapter has, by reference, or out of their files."""
+        alike = [other for other in siblings if other.vectors is not None and other.names == self.names]
+        if self.pool is not None:
+            self.vectors = self.pool.vectors(self.block)
+        elif alike:
+            self.vectors = alike[0].vectors
+
+    def _loaded(self) -> list[Vector | None]:
+        assert self.vectors is not None  # a layer completes its adapters before it uses them
+        return self.vectors
+
+    # The update --------------------------------------------------------------------------------------------------------
+
+    @property
+    def adds(self) -> bool:
+        """Vectors of low rank on a layer that is called: B (lambda * (A x)) costs less than a weight."""
+        called = self.geometry.kind in ("linear", "embedding") and not self.geometry.reads_own_weight
+        vectors = [vector for vector in self._loaded() if vector is not None]
+        return called and self.groups is None and bool(vectors) and all(isinstance(v, LowRank) for v in vectors)
+
+    def accumulate(self, total: Tensor) -> None:
+        composition.accumulate(total, self._loaded(), self.values(), self.groups)
+
+    def pull_back(self) -> Callable[[Tensor], Sequence[Tensor | None]]:
+        """dL/dlambda[t] = <G, tau_t>; see `functional.composition.inner_products`."""
+        (coefficients,) = self.trained
+        open_ = (coefficients.detach() >= 0) if self.nonnegative else None
+        return partial(_inner_products, self._loaded(), self.groups, open_, coefficients.dtype)
+
+    def forward(self, x: Tensor, y0: Tensor, out: Tensor) -> Tensor:
+        """out + B (lambda * (A x)) with the stacked factors of all vectors.
+
+        Cost: 2 n R (in + out) flops for n rows and R = sum of the ranks; keeps `[n, R]` for backward.
+        """
+        pairs = [(t, vector.to(out)) for t, vector in enumerate(self._loaded()) if isinstance(vector, LowRank)]
+        left, right = torch.cat([pair[0] for _, pair in pairs], 1), torch.cat([pair[1] for _, pair in pairs])
+        down, up = (left, right.t()) if self.geometry.swapped else (right.t(), left)
+        owner = torch.tensor([t for t, pair in pairs for _ in range(pair[1].shape[0])], device=out.device)
+        inner = self.geometry.down(x, down)
+        scaled = (inner.to(self.values().dtype) * self.values()[owner]).to(out.dtype)
+        return self.geometry.up(scaled, up, out)
+
+    def delta_weight(self, weight: Weight) -> Tensor:
+        shape = self.geometry.native(torch.empty(self.geometry.shape, device="meta")).shape
+        total = composition.combination(self._loaded(), self.values(), shape, self.groups)
+        return self.geometry.canonical(total)
+
+    @torch.no_grad()
+    def lora_factors(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
+        """Stacked factors of the vectors that are not off, if all are of low rank: exact."""
+        if not self.adds or self.geometry.kind != "linear":
+            return None
+        found = [(c, v) for c, v in zip(self.values().tolist(), self._loaded(), strict=True) if isinstance(v, LowRank) and c]
+        pairs = [(v.right, v.left * c) for c, v in found]
+        if not pairs:
+            zero = torch.zeros(1, self.geometry.in_features)
+            return zero, torch.zeros(self.geometry.out_features, 1)
+        down, up = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs], 1)
+        return (up.t(), down.t()) if self.geometry.swapped else (down, up)
+
+    @classmethod
+    @torch.no_grad()
+    def combine(cls, deltas: list[AtlasDelta], weights: list[float]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """lambda = sum_a w_a lambda_a, for adapters with the same vectors and granularity. Exact."""
+        first = deltas[0]
+        alike = all(d.names == first.names and d.values().shape == first.values().shape for d in deltas)
+        if not alike or any(a is not b for d in deltas for a, b in zip(d._loaded(), first._loaded(), strict=True)):
+            raise ValueError(
+                "the adapters have other task vectors or another granularity: their sum is no aTLAS adapter of either kind. "
+                "Activate both, which adds them up, or merge them into the model one after the other."
+            )
+        total = sum(weight * delta.values().double() for delta, weight in zip(deltas, weights, strict=True))
+        assert isinstance(total, Tensor)
+        if first.nonnegative and bool((total < 0).any()):
+            raise ValueError("the sum has negative coefficients, which nonnegative=True does not allow.")
+        return {}, {"coefficients": total} if "leader" not in first.__dict__ else {}
+
+
+def _inner_products(
+    vectors: list[Vector | None], groups: Groups | None, open_: Tensor | None, dtype: torch.dtype, grad: Tensor
+) -> tuple[Tensor]:
+    found = composition.inner_products(grad, vectors, groups).to(dtype)
+    return (found if open_ is None else found * open_,)
+
+
+class AtlasModel(SubspaceModel):
+    """The tuner of aTLAS."""
+
+    prefix = "atlas_"
+    delta_cls = AtlasDelta
+    peft_config: dict[str, AtlasConfig]
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        peft_config.opened = open_blocks(peft_config, model)
+        if peft_config.target_modules is None and not peft_config.target_parameters:
+            peft_config.target_modules, peft_config.target_parameters = default_targets(peft_config.opened, model, peft_config)
+        super()._prepare_model(peft_config, model)
+
+    def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
+        chosen_blocks(config, model, targets)
+
+    def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """Name of every block -> its coefficients `[T]` or `[T, K]`, detached; rows in the order of `config.vector_names`."""
+        return {
+            delta.block: delta.values().detach()
+            for _, layer in self.named_subspace_layers()
+            for delta in layer.deltas(adapter_name).values()
+        }
+
+    def coefficient_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Optimizer groups: the coefficients with a rate of their own, then whatever else is trained.
+
+        Coefficients move by about `lr` a step and want 100 to 10,000 times the rate of weights; and a Trainer exempts parameters
+        with "norm" or "bias" in their names from weight decay, which would be those of norms and biases.
+        """
+        deltas = [
+            d for _, layer in self.named_subspace_layers() for name in self.peft_config for d in layer.deltas(name).values()
+        ]
+        own = {id(tensor): tensor for delta in deltas for tensor in delta.trained if tensor.requires_grad}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        groups: list[dict[str, Any]] = [{"params": list(own.values()), "lr": lr, "weight_decay": weight_decay}]
+        return [*groups, {"params": rest}] if rest else groups
+
+
+register(AtlasConfig, AtlasModel)

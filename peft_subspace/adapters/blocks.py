@@ -1,0 +1,198 @@
+"""Blocks: parameters of a model that task vectors change, for methods that compose weights of a pool of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.geometry import Geometry, describe, describe_all
+from ..base.holders import has_children
+from ..base.targets import base_parameters, exact_targets
+from ..task_vectors.errors import InputError
+from ..task_vectors.pool import DTYPES, Pool, check_records, open_pool
+from ..task_vectors.sources import shortened
+
+BLOCK_TYPES = ("linear", "conv", "embedding", "norm", "bias", "other")
+SAMPLES = 64
+
+
+@dataclass
+class OpenedPool:
+    """What a config knows once it was put on a model.
+
+    Attributes:
+        pool: the vectors.
+        sources: name of a parameter -> the name of that parameter, among its tied names, that the pool knows.
+        kinds: name of a parameter -> its kind, one of `BLOCK_TYPES`.
+        blocks: names of the parameters that are adapted.
+        leaders: what blocks have in common -> the first Delta with it.
+    """
+
+    pool: Pool
+    sources: dict[str, str] = field(repr=False)
+    kinds: dict[str, str] = field(repr=False)
+    blocks: set[str] = field(default_factory=set, repr=False)
+    leaders: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def source_of(self, name: str) -> str:
+        """The name under which the pool knows a parameter."""
+        return self.sources.get(name, name)
+
+    def is_low_rank(self, name: str) -> bool:
+        """Whether all vectors of a parameter have factors."""
+        name = self.source_of(name)
+        entries = [entry for entry in self.pool.entries if name in entry.names]
+        return all(entry.vector.rank(entry.names[name]) is not None for entry in entries)
+
+
+def block_name(key: str, weight: str) -> str:
+    """Full name of a parameter: `target_parameters` have it for a key, layers their own name."""
+    return key if key.endswith(f".{weight}") or key == weight else f"{key}.{weight}"
+
+
+def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
+    """Open the pool of a config on a model, and fill in or check what its vectors are known by.
+
+    Raises:
+        ValueError: an empty pool; a vector that is not there, does not fit, or is not the one that a file's coefficients belong to.
+    """
+    names = config.vector_names
+    if not names:
+        raise ValueError("the pool has no task vectors. Give pool={name: folder, file or Hub id}.")
+    missing = [name for name in names if name not in config.pool]
+    if missing:
+        raise ValueError(f"the pool has no task vectors {missing}, for which there are coefficients.")
+    shapes, kinds, first = {}, {}, dict[int, list[str]]()
+    for name, module, own, parameter in base_parameters(model):
+        geometry = describe_all(module).get(own) or describe(module, own)[own]
+        shapes[name] = tuple(geometry.native(torch.empty(geometry.shape, device="meta")).shape)
+        kinds[name] = _kind(module, own, geometry)
+        first.setdefault(id(parameter), []).append(name)
+    declared = getattr(model, "config", None)
+    entries = open_pool(
+        {name: config.pool[name] for name in names},
+        shapes,
+        buffers=[name.replace(".base_layer", "") for name, _ in model.named_buffers()],
+        base=config.base or config.base_model_name_or_path,
+        config=declared.to_dict() if hasattr(declared, "to_dict") else None,
+        strict=config.strict,
+    )
+    if config.provenance is None:
+        config.provenance = {"vectors": [entry.record for entry in entries]}
+    else:
+        check_records(config.provenance["vectors"], entries)
+    pool = Pool(entries, DTYPES[config.vector_dtype], config.placement)
+    sources = {name: next((n for n in tied if pool.covers(n)), name) for tied in first.values() for name in tied}
+    return OpenedPool(pool, sources, kinds)
+
+
+def _kind(module: nn.Module, own: str, geometry: Geometry) -> str:
+    if own.rpartition(".")[2] in ("bias", "in_proj_bias", "bias_k", "bias_v"):
+        return "bias"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    return geometry.kind if geometry.kind in BLOCK_TYPES else "other"
+
+
+def default_targets(opened: OpenedPool, model: nn.Module, config: Any) -> tuple[set[str], list[str] | None]:
+    """Every module and bare parameter that the pool changes and the config allows: target_modules, target_parameters."""
+    modules, parameters = set[str](), []
+    for name, module, own, _ in base_parameters(model):
+        if not opened.pool.covers(opened.source_of(name)) or opened.kinds[name] not in config.block_types:
+            continue
+        if describe_all(module):
+            modules.add(name.removesuffix(f".{own}"))
+        elif has_children(module):
+            parameters.append(name)
+    return modules, sorted(parameters) or None
+
+
+def chosen_blocks(config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
+    """Drop what the pool does not change from the targets, and note the blocks; all that can go wrong is said here.
+
+    Raises:
+        ValueError: nothing is left, the vectors take more memory than allowed, or the base is not the one that the
+            coefficients were learned on.
+    """
+    opened: OpenedPool = config.opened
+    before = len(targets)
+    for name in list(targets):
+        for weight in list(targets[name]):
+            block = block_name(name, weight)
+            if not opened.pool.covers(opened.source_of(block)) or opened.kinds[block] not in config.block_types:
+                del targets[name][weight]
+        if not targets[name]:
+            del targets[name]
+    opened.blocks = {block_name(name, weight) for name, weights in targets.items() for weight in weights}
+    if not opened.blocks:
+        raise ValueError(
+            f"The task vectors {', '.join(opened.pool.names)} change none of the targeted parameters of kinds {config.block_types}."
+        )
+    if len(targets) < before:
+        _narrow(config, model, set(targets))
+    _check_size(config, opened)
+    _check_base(config, model, opened)
+
+
+def _narrow(config: Any, model: nn.Module, names: set[str]) -> None:
+    """Name the targets that are left, so that PEFT wraps no others."""
+    parameters = {name for name, *_ in base_parameters(model)}
+    config.target_parameters = sorted(names & parameters) or None
+    modules = exact_targets(names - parameters, model)
+    config.target_modules = set(modules) if isinstance(modules, list) else modules
+    config.layers_to_transform = config.layers_pattern = None
+
+
+def _check_size(config: Any, opened: OpenedPool) -> None:
+    if config.max_vector_bytes is None or config.placement == "disk":
+        return
+    needed = opened.pool.nbytes(sorted({opened.source_of(name) for name in opened.blocks}))
+    if needed > config.max_vector_bytes:
+        raise ValueError(
+            f"The {len(opened.pool.entries)} task vectors take {needed:,} bytes in {config.vector_dtype}, and "
+            f"max_vector_bytes={config.max_vector_bytes:,}. Use placement='disk', a narrower vector_dtype, fewer vectors "
+            f"(exclude_pool) or fewer block_types."
+        )
+
+
+# The base ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_base(config: Any, model: nn.Module, opened: OpenedPool) -> None:
+    """Coefficients belong to one base. Up to 64 of its values are kept; in another dtype they may differ by a rounding."""
+    names = sorted(opened.blocks)
+    names = names[:: -(-len(names) // SAMPLES)]
+    parameters = {name: parameter for name, _, _, parameter in base_parameters(model)}
+    if any(parameters[name].is_meta for name in names):
+        return
+    found = {name: _sample(parameters[name]) for name in names if parameters[name].is_floating_point()}
+    expected = config.provenance.get("base")
+    if expected is None:
+        config.provenance["base"] = {"values": {n: v for n, (v, _) in found.items()}, "dtypes": _dtypes(found)}
+        return
+    wrong = [n for n, (value, dtype) in found.items() if n in expected["values"] and not _fits(value, dtype, n, expected)]
+    if wrong:
+        raise InputError(
+            f"{type(model).__name__} is not the base that the coefficients were learned on: the values of {shortened(wrong)} are "
+            f"others. Load the adapter onto its own base; to use its coefficients on this one, set config.provenance['base'] = None."
+        )
+
+
+def _sample(parameter: Tensor) -> tuple[float, torch.dtype]:
+    return float(parameter.detach().reshape(-1)[parameter.numel() // 2]), parameter.dtype
+
+
+def _dtypes(found: dict[str, tuple[float, torch.dtype]]) -> list[str]:
+    return sorted({str(dtype).removeprefix("torch.") for _, dtype in found.values()})
+
+
+def _fits(value: float, dtype: torch.dtype, name: str, expected: dict[str, Any]) -> bool:
+    kept = expected["values"][name]
+    known = [getattr(torch, text) for text in expected["dtypes"]]
+    if known == [dtype]:
+        return bool(value == kept)
+    eps = max(torch.finfo(other).eps for other in (*known, dtype))
+    return abs(value - kept) <= eps * abs(kept) + torch.finfo(torch.float16).tiny

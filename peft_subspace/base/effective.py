@@ -1,0 +1,109 @@
+"""Effective weights, W_0 + sum over the active adapters of dW: composed once per change, and kept while nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..functional import composition
+from ..functional.low_rank import without_autocast
+
+if TYPE_CHECKING:
+    from .layer import SubspaceLayer
+
+SMALL = 2**16  # values of a tensor that are compared, where its version says that it is as it was
+
+
+@dataclass
+class _Kept:
+    weight: Tensor
+    made_of: tuple[Any, ...]
+    values: list[Tensor | None]
+
+
+class EffectiveWeights:
+    """The composed weights of one wrapped module.
+
+    With a graph, that is in training, a weight is composed for every call and lives as long as the graph: a later change of the
+    coefficients cannot reach it. Without one it is kept until something that it was made of changes: the active adapters, the
+    device or dtype, the version of a tensor, its address, or (for up to 65,536 values) the values themselves, because a write
+    through `.data` leaves the version as it is. A frozen tensor on an accelerator is not compared: that would make the host wait
+    for the device in every layer. A write through `.data` into the base's own weight is seen at the next `train()` or `eval()`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, _Kept] = {}
+
+    def get(self, layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tensor:
+        """The effective weight of one container, in the module's layout and the base's dtype.
+
+        Raises:
+            ValueError: the weight is not in memory, or it is one rank's share of a sharded weight.
+        """
+        owner, name = layer._locate(container)
+        deltas = [getattr(layer, container)[adapter] for adapter in names]
+        trained = [tensor for delta in deltas for tensor in delta.trained if tensor.requires_grad]
+        if trained and torch.is_grad_enabled():
+            self._kept.pop(container, None)
+            pulls = [(delta.pull_back(), [tensor.requires_grad for tensor in delta.trained]) for delta in deltas]
+            weight = compose(layer, container, names)
+            return composition.composed(weight, lambda grad: _pulled(grad, pulls), trained)
+        tensors = [getattr(owner, name), *(tensor for delta in deltas for tensor in delta.trained)]
+        made_of = (tuple(names), *((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors))
+        kept = self._kept.get(container)
+        if kept is None or kept.made_of != made_of or not _same_values(tensors[1:], kept.values):
+            values = [tensor.detach().clone() if _is_compared(tensor) else None for tensor in tensors[1:]]
+            kept = self._kept[container] = _Kept(compose(layer, container, names), made_of, values)
+        return kept.weight
+
+    def clear(self) -> None:
+        """Forget what is kept."""
+        self._kept.clear()
+
+    def __deepcopy__(self, memo: Any) -> EffectiveWeights:
+        return EffectiveWeights()  # a copy has other tensors, and composes for itself
+
+    def __reduce__(self) -> Any:
+        return EffectiveWeights, ()
+
+
+def _pulled(grad: Tensor, pulls: Any) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for pull, needed in pulls:
+        found += [gradient for gradient, wanted in zip(pull(grad), needed, strict=True) if wanted]
+    return found
+
+
+def _is_compared(tensor: Tensor) -> bool:
+    return tensor.numel() <= SMALL and (tensor.device.type == "cpu" or tensor.requires_grad)
+
+
+def _same_values(tensors: Sequence[Tensor], values: Sequence[Tensor | None]) -> bool:
+    pairs = zip(tensors, values, strict=True)
+    return all(not _is_compared(tensor) or (kept is not None and torch.equal(tensor, kept)) for tensor, kept in pairs)
+
+
+def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tensor:
+    """W_0 + sum of dW of these adapters: summed in float32 (or the base's wider dtype), rounded once, without a graph."""
+    owner, name = layer._locate(container)
+    weight = getattr(owner, name)
+    if weight.is_meta or isinstance(weight, DTensor):
+        where = (
+            "sharded over several processes (FSDP)" if isinstance(weight, DTensor) else "not in memory (offloaded, or on meta)"
+        )
+        raise ValueError(
+            f"{layer.key}.{layer.geometries[container][0]} is {where}, and its effective weight is composed of whole tensors. Keep "
+            f"the base whole on every device (DDP), or merge the adapter before the model is sharded or offloaded."
+        )
+    # what an inference makes must be good for training later
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(weight):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+        for adapter in names:
+            getattr(layer, container)[adapter].accumulate(total)
+        return total.to(weight.dtype)

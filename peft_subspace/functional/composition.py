@@ -1,0 +1,282 @@
+"""Weights that are composed of others, W = W_0 + sum_t lambda_t tau_t, and the gradients of what they are composed with.
+
+    block        W[e] = W_0[e] + sum_t lambda[t] tau_t[e]
+    groups       W[e] = W_0[e] + sum_t lambda[t, pi(e)] tau_t[e]          pi: entry -> one of K groups (a row, a column, a part)
+    gradient     dL/dlambda[t, k] = sum of G[e] tau_t[e] over the entries e with pi(e) = k,      G = dL/dW
+
+W is made outside of autograd. The graph gets one node, whose backward takes the one G, forms the inner products in chunks and
+drops it: nothing of the size of T weights is kept, whatever T is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .low_rank import plain_backward
+
+CHUNK = 2**18  # values at a time: a part of G and of one tau fit into a core's cache together
+MAX_PARTS = 256  # a part's number is kept in one byte
+
+PullBack = Callable[[Tensor], Sequence[Tensor | None]]
+
+
+class Vector(Protocol):
+    """One tau of one weight."""
+
+    def part(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Values [start, stop) of the flat weight, in the dtype and on the device of `like`."""
+
+
+class Dense:
+    """tau = scale * values, in memory.
+
+    Args:
+        values: `[n]`, any float dtype.
+        scale: a number that every value is multiplied with.
+        follows: keep a copy on the device where the vector is asked for, instead of sending each part there.
+    """
+
+    def __init__(self, values: Tensor, scale: float = 1.0, follows: bool = True) -> None:
+        self.values, self.scale, self.follows = values, scale, follows
+
+    def part(self, start: int, stop: int, like: Tensor) -> Tensor:
+        if self.follows and self.values.device != like.device:
+            self.values = self.values.to(like.device)
+        part = self.values[start:stop].to(like.device, like.dtype, non_blocking=True)
+        return part if self.scale == 1.0 else part * self.scale
+
+    def __deepcopy__(self, memo: Any) -> Dense:
+        return self  # frozen values: a copied model looks at the same ones
+
+
+class LowRank:
+    """tau = left right, `[rows, r]` and `[r, columns]`: never formed for a whole block."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.right.shape[0]
+
+    def to(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Both factors on the device of `like`, where they stay, and in its dtype."""
+        if self.left.device != like.device:
+            self.left, self.right = self.left.to(like.device), self.right.to(like.device)
+        return self.left.to(like.dtype), self.right.to(like.dtype)
+
+    def part(self, start: int, stop: int, like: Tensor) -> Tensor:
+        left, right = self.to(like)
+        columns = right.shape[1]
+        first, last = start // columns, -(-stop // columns)
+        return (left[first:last] @ right).reshape(-1)[start - first * columns : stop - first * columns]
+
+    def __deepcopy__(self, memo: Any) -> LowRank:
+        return self
+
+
+# Groups ------------------------------------------------------------------------------------------------------------------
+
+
+class Groups:
+    """pi: which of K coefficients belongs to an entry of a flat weight of n values. Made when it is first asked for."""
+
+    def __init__(self, count: int, make: Callable[[], Tensor]) -> None:
+        self.count, self._make = count, make
+        self._numbers: Tensor | None = None
+
+    def part(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """`[stop - start]` int64, each in [0, K)."""
+        if self._numbers is None or self._numbers.device != device:
+            self._numbers = self._make().to(device)
+        return self._numbers[start:stop].long()
+
+    def __deepcopy__(self, memo: Any) -> Groups:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Groups, (self.count, self._make)
+
+
+def partition(size: int, parts: int, seed: int, name: str) -> Tensor:
+    """A fixed, evenly random part for every entry of a weight, `[size]` uint8.
+
+    h(e) = mix(mix(low word of e ^ key_0) ^ high word of e ^ key_1), part(e) = floor(K h / 2^32), with the finaliser of MurmurHash3 as
+    `mix` and both keys from SHA-256 of the seed and the name. Integer arithmetic on the position alone: the same on every
+    machine, device, thread count and in every process, so a file needs the seed and no map.
+
+    Args:
+        size: n, entries.
+        parts: K, 1 to 256.
+        seed: of the adapter.
+        name: of the block, so that blocks of one shape have different maps.
+
+    Cost: 25 integer operations an entry, once; n bytes.
+    """
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    keys = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
+    found = torch.empty(size, dtype=torch.uint8)
+    for start in range(0, size, CHUNK):
+        position = torch.arange(start, min(start + CHUNK, size))
+        mixed = _mix(_mix((position & 0xFFFFFFFF) ^ keys[0]) ^ (position >> 32) ^ keys[1])
+        found[start : start + CHUNK] = (mixed * parts) >> 32
+    return found
+
+
+def _mix(x: Tensor) -> Tensor:
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = _multiply(x ^ (x >> shift), factor)
+    return x ^ (x >> 16)
+
+
+def _multiply(x: Tensor, factor: int) -> Tensor:
+    """x * factor modulo 2^32 in int64, by halves: no product may overflow, which is undefined for signed integers."""
+    high = (x * (factor >> 16)) & 0xFFFF
+    return ((high << 16) + x * (factor & 0xFFFF)) & 0xFFFFFFFF
+
+
+# Composing and its gradient ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accumulate(total: Tensor, vectors: Sequence[Vector | None], coefficients: Tensor, groups: Groups | None = None) -> None:
+    """total += sum_t lambda_t tau_t, in place.
+
+    Args:
+        total: the weight, contiguous, float32 or float64.
+        vectors: T of them, None for zero.
+        coefficients: lambda, `[T]`; `[T, K]` with groups.
+        groups: pi.
+
+    Cost: 2 n flops and one pass over tau for each dense vector, 2 n r for one of low rank; memory for one chunk.
+    """
+    flat, numbers = total.view(-1), _numbers(coefficients, total)
+    dense = []
+    for number, vector in zip(numbers, vectors, strict=True):
+        if isinstance(vector, LowRank) and groups is None:
+            left, right = vector.to(total)
+            total.view(left.shape[0], -1).addmm_(left * number, right)
+        elif vector is not None:
+            dense.append((number, vector))
+    for start, part in _chunks(flat) if dense else ():
+        where = None if groups is None else groups.part(start, start + part.numel(), part.device)
+        for number, vector in dense:
+            values = vector.part(start, start + part.numel(), part)
+            if where is not None:
+                part.addcmul_(values, number[where])
+            elif isinstance(number, float):
+                part.add_(values, alpha=number)
+            else:
+                part.addcmul_(values, number)
+
+
+def _numbers(coefficients: Tensor, total: Tensor) -> list[Any]:
+    """Rows of the coefficients. On a CPU plain numbers are faster; elsewhere they would make the device wait."""
+    coefficients = coefficients.detach().to(total.device, total.dtype)
+    return coefficients.tolist() if coefficients.ndim == 1 and total.device.type == "cpu" else list(coefficients)
+
+
+def _chunks(flat: Tensor) -> Any:
+    for start in range(0, flat.numel(), CHUNK):
+        yield start, flat[start : start + CHUNK]
+
+
+@torch.no_grad()
+def inner_products(grad: Tensor, vectors: Sequence[Vector | None], groups: Groups | None = None) -> Tensor:
+    """<G, tau_t> for every vector: `[T]`, with groups `[T, K]`, float64 sums of float32 (or wider) chunks.
+
+    Args:
+        grad: G, of the weight's shape and any float dtype.
+        vectors: T of them, None for zero.
+        groups: pi.
+
+    Cost: 2 n flops for each dense vector, 2 n r for one of low rank; reads G once and every tau once; memory for one chunk.
+    """
+    grad = grad.to_dense() if grad.is_sparse else grad
+    flat = grad.reshape(-1)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    sums = torch.zeros(len(vectors), 1 if groups is None else groups.count, dtype=torch.float64, device=grad.device)
+    low_rank = {t: v for t, v in enumerate(vectors) if isinstance(v, LowRank) and groups is None}
+    dense = [(t, vector) for t, vector in enumerate(vectors) if vector is not None and t not in low_rank]
+    for t, vector in low_rank.items():
+        sums[t] = _low_rank_product(flat, vector, wide)
+    for start, part in _chunks(flat) if dense else ():
+        part = part.to(wide)
+        where = None if groups is None else groups.part(start, start + part.numel(), part.device)
+        for t, vector in dense:
+            values = vector.part(start, start + part.numel(), part)
+            if where is None:
+                sums[t] += torch.dot(values, part)
+            else:
+                sums[t].index_add_(0, where, (values * part).double())
+    return sums[:, 0] if groups is None else sums
+
+
+def _low_rank_product(flat: Tensor, vector: LowRank, dtype: torch.dtype) -> Tensor:
+    """<G, L R> = sum of (L^T G) * R, by blocks of rows of G."""
+    left, right = vector.to(flat.new_empty(0, dtype=dtype))
+    columns = right.shape[1]
+    step = max(1, CHUNK // columns)
+    inner = torch.zeros_like(right)
+    for first in range(0, left.shape[0], step):
+        rows = left[first : first + step]
+        inner.addmm_(rows.t(), flat[first * columns : (first + len(rows)) * columns].view(-1, columns).to(dtype))
+    return (inner.double() * right).sum()
+
+
+def combination(
+    vectors: Sequence[Vector | None], coefficients: Tensor, shape: Sequence[int], groups: Groups | None = None
+) -> Tensor:
+    """sum_t lambda_t tau_t as a whole tensor with an ordinary graph: the definition that the rest is tested against.
+
+    Args:
+        vectors: T of them, None for zero.
+        coefficients: `[T]`, with groups `[T, K]`; the sum is in their dtype, at least float32.
+        shape: of the weight.
+        groups: pi.
+
+    Cost: T products of the size of the weight, and as many for backward.
+    """
+    size = math.prod(shape)
+    total = coefficients.new_zeros(size, dtype=torch.promote_types(coefficients.dtype, torch.float32))
+    where = None if groups is None else groups.part(0, size, total.device)
+    for number, vector in zip(coefficients.to(total.dtype), vectors, strict=True):
+        if vector is not None:
+            total = total + vector.part(0, size, total) * (number if where is None else number[where])
+    return total.view(*shape)
+
+
+class _Composed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, effective: list[Tensor], pull_back: PullBack, *trained: Tensor) -> Tensor:
+        ctx.pull_back = pull_back
+        return effective[0].detach()  # in a list, so that the weight is no input: an input that is returned would be copied
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.pull_back(grad)
+
+
+def composed(effective: Tensor, pull_back: PullBack, trained: Sequence[Tensor]) -> Tensor:
+    """The composed weight as a node of the graph: the same memory, with gradients for what it was composed with.
+
+    To be called where the weight is used, not before the model runs: nodes run backward in the order in which they were made,
+    and one that was made early keeps its G until the end (measured: twice the peak).
+
+    Args:
+        effective: the weight, made without a graph.
+        pull_back: dL/dW -> one gradient (or None) for each of `trained`. What it needs of their present values it has kept.
+        trained: the tensors that the weight depends on.
+
+    Cost: none forward; backward what `pull_back` costs. Keeps nothing but what `pull_back` holds. Once differentiable.
+    """
+    result: Tensor = _Composed.apply([effective], pull_back, *trained)
+    return result

@@ -1,0 +1,284 @@
+"""A pool of task vectors on one model: opened by their headers, matched by name, checked by hashes, read block by block."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional.composition import Dense, LowRank, Vector
+from .errors import InputError
+from .models import Source, open_source, without_base
+from .reading import GivenReader, Reader
+from .references import Reference
+from .renaming import names_in_memory
+from .sources import Checkpoint, fingerprint, shortened
+from .task_vector import TaskVector
+from .validate import is_buffer, match_names
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What of an adapter's config changes its dW.
+SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "scale", "scale_pattern")
+# Vectors that are in memory, for as long as an adapter uses them: adapters with one pool hold it once.
+_SHARED: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One task vector of a pool.
+
+    Attributes:
+        name: in the pool.
+        vector: opened, not read.
+        names: name of a parameter of the model -> name in the vector.
+        record: what it is known by: reference, commit, fingerprints of its files and of its base's.
+    """
+
+    name: str
+    vector: TaskVector = field(repr=False)
+    names: dict[str, str] = field(repr=False)
+    record: dict[str, Any] = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """Of what the record says about the values; where they lie is left out."""
+        return _digest(identity(self.record))
+
+
+class Streamed:
+    """tau of one tensor, read from its files whenever it is needed: memory does not grow with the number of vectors."""
+
+    def __init__(self, vector: TaskVector, name: str) -> None:
+        self.vector, self.name = vector, name
+        self._reader = Reader()
+
+    def part(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Values [start, stop) of the flat tensor, in the dtype and on the device of `like`."""
+        base = self.vector.base
+        total, slot = torch.zeros(stop - start), 1
+        for weight, given in self.vector.terms:
+            if self.name not in given:
+                continue
+            one = GivenReader(given[self.name], torch.float32, self._reader, slot)
+            slot += one.slots
+            own = None if one.is_delta else self._reader.stored(base[self.name], start, stop, 0).float()
+            values = one.part(start, stop, own).float()
+            total += weight * (values if own is None else values - own)
+        return total.to(like.device, like.dtype)
+
+    def __deepcopy__(self, memo: Any) -> Streamed:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Streamed, (self.vector, self.name)
+
+
+@dataclass
+class Pool:
+    """Task vectors in a fixed order, on one model.
+
+    Attributes:
+        entries: the vectors.
+        dtype: in which dense vectors are kept; float16 has one float32 scale for each tensor.
+        placement: "device" (on that of the weight), "cpu" (in the host's memory), "disk" (in the files).
+    """
+
+    entries: list[Entry]
+    dtype: torch.dtype = torch.float32
+    placement: str = "device"
+
+    def __deepcopy__(self, memo: Any) -> Pool:
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Of the vectors."""
+        return [entry.name for entry in self.entries]
+
+    def covers(self, name: str) -> bool:
+        """Whether any vector has a tensor for a parameter of the model."""
+        return any(name in entry.names for entry in self.entries)
+
+    def nbytes(self, names: Sequence[str]) -> int:
+        """Bytes that the dense vectors of these parameters take, by their headers."""
+        found = 0
+        for entry in self.entries:
+            theirs = [entry.names[name] for name in names if name in entry.names]
+            dense = [name for name in theirs if entry.vector.rank(name) is None]
+            found += sum(math.prod(entry.vector.shapes[name]) for name in dense) * self.dtype.itemsize
+        return found
+
+    def vectors(self, name: str) -> list[Vector | None]:
+        """Every tau of one parameter; None where a vector has none, or only zeros.
+
+        Raises:
+            InputError: a value is not finite; names the vector and the tensor.
+        """
+        return [self._vector(entry, entry.names[name]) if name in entry.names else None for entry in self.entries]
+
+    def _vector(self, entry: Entry, name: str) -> Vector | None:
+        if self.placement == "disk" and entry.vector.rank(name) is None:
+            return Streamed(entry.vector, name)
+        key = (entry.digest, name, self.dtype, self.placement)
+        found = _SHARED.get(key)
+        if found is None:
+            found = self._read(entry, name)
+            if found is not None:
+                _SHARED[key] = found
+        return found
+
+    def _read(self, entry: Entry, name: str) -> Vector | None:
+        factors = entry.vector.factors(name)
+        values = [*factors] if factors is not None else [entry.vector[name].reshape(-1)]
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise InputError(
+                f"The task vector {entry.name!r} has values in {name!r} that are not finite. Leave it out, or mend it."
+            )
+        if factors is not None:
+            return LowRank(*factors)
+        dense = values[0]
+        if not dense.any():
+            return None
+        follows = self.placement == "device"
+        if self.dtype != torch.float16:
+            return Dense(dense.to(self.dtype), follows=follows)
+        scale = float(dense.abs().max())  # a vector of 1e-5 would lie among the subnormal numbers of float16
+        return Dense((dense / scale).to(torch.float16), scale, follows)
+
+
+def open_pool(
+    sources: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    buffers: Collection[str] = (),
+    base: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    strict: bool = True,
+) -> list[Entry]:
+    """Open task vectors and match them with a model, by names and shapes; no value is read.
+
+    Args:
+        sources: name -> a reference (`Reference.parse`), or `{"path": ..., "revision": ..., "base": ...}`.
+        shapes: parameter of the model -> its shape.
+        buffers: names of the model that are no parameters (running statistics), which are never composed.
+        base: the base of whole models among them.
+        config: of the model, config.json, for architectures that are saved under older names.
+        strict: refuse tensors that fit no parameter; else they are left out.
+
+    Raises:
+        InputError: a vector that is not there, is damaged, fits no parameter, or has another shape. Names the vector.
+    """
+    model = _Model(shapes, frozenset(buffers), base, config or {}, strict)
+    return [_open(name, source, model) for name, source in sources.items()]
+
+
+@dataclass(frozen=True)
+class _Model:
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    base: str | None
+    config: Mapping[str, Any]
+    strict: bool
+
+
+def _open(name: str, given: Any, model: _Model) -> Entry:
+    given = copy.deepcopy(given)
+    own_base = given.pop("base", None) if isinstance(given, dict) else None
+    try:
+        source = open_source(given)
+        needed = own_base or (model.base if source.full is not None else None)
+        if source.full is not None and needed is None:
+            raise InputError(
+                f"{source.reference} is a whole model, and its base is not known. Give `base`, or save the difference first: "
+                f"`peft-subspace extract {source.reference} OUT --base BASE`."
+            )
+        base_source = None if needed is None else open_source(needed)
+        vector = TaskVector.of_source(without_base(source, base_source), base_source)
+        names = _matched(vector, model)
+    except InputError as error:
+        raise InputError(f"The task vector {name!r}: {error}") from error
+    return Entry(name, vector, names, _record(name, source, base_source))
+
+
+def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:
+    """Parameter of the model -> name in the vector."""
+    known = {*model.shapes, *model.buffers}
+    found = match_names(list(vector.shapes), known, vector.base_name or "it")
+    lost = [name for name in vector.shapes if name not in found and not is_buffer(name)]
+    if lost and model.config:
+        renamed = {stored: new for new, stored in names_in_memory(vector.shapes, model.config).items() if new in known}
+        found |= {stored: new for stored, new in renamed.items() if stored not in found}
+        lost = [name for name in lost if name not in found]
+    names = {ours: theirs for theirs, ours in found.items() if ours in model.shapes}
+    if not names or (lost and model.strict):
+        raise InputError(
+            f"{len(lost)} of its {len(vector.shapes)} tensors are parameters of no layer of this model: {shortened(lost)}. "
+            f"It was made on another model; with strict=False such tensors are left out."
+        )
+    wrong = [name for name, theirs in names.items() if vector.shapes[theirs] != model.shapes[name]]
+    if wrong:
+        pairs = [f"{name!r} is {list(vector.shapes[names[name]])}, in the model {list(model.shapes[name])}" for name in wrong]
+        raise InputError(f"{len(wrong)} tensors have other shapes than in the model: {shortened(pairs)}.")
+    return names
+
+
+# What a vector is known by -----------------------------------------------------------------------------------------------
+
+
+def _record(name: str, source: Source, base: Source | None) -> dict[str, Any]:
+    record = {"name": name, "reference": str(source.reference), "parts": [_part(part) for part in source.checkpoints]}
+    if base is not None and (source.full is not None):
+        record |= {"base": str(base.reference), "base_parts": [_part(part) for part in base.checkpoints]}
+    return record
+
+
+def _part(part: Checkpoint) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": part.kind, "commit": part.commit}
+    found["files"] = [fingerprint(header) for header in sorted(part.files, key=lambda file: file.path.name)]
+    if part.kind == "adapter":
+        found["scales"] = {key: part.config[key] for key in SCALES if part.config.get(key) is not None}
+    return found
+
+
+def identity(record: Mapping[str, Any]) -> list[Any]:
+    """What of a record must be the same for the same values: sizes and hashes, not places, commits or names."""
+    parts = [*record.get("parts", []), *record.get("base_parts", [])]
+    return [{key: part.get(key) for key in ("kind", "files", "scales")} for part in parts]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_records(expected: Sequence[Mapping[str, Any]], entries: Sequence[Entry]) -> None:
+    """Compare the vectors that coefficients were learned with and those that are there now; where they lie may differ.
+
+    Raises:
+        InputError: names the vector whose values are others.
+    """
+    found = {entry.name: entry for entry in entries}
+    for record in expected:
+        entry = found.get(str(record["name"]))
+        if entry is None:
+            raise InputError(f"the pool has no task vector {record['name']!r}, for which there are coefficients.")
+        if _digest(identity(record)) != entry.digest:
+            raise InputError(
+                f"the task vector {entry.name!r} at {entry.record['reference']} is not the one that the coefficients were learned "
+                f"with ({record['reference']}): its files have other sizes or hashes. Give the place of the right one in "
+                f"`pool`: config.pool[{entry.name!r}] = PLACE; "
+                f"PeftModel.from_pretrained(model, adapter, config=config)."
+            )
+
+
+def reference_text(source: Any) -> str:
+    """A pool's source as a text, for cards."""
+    given = {key: value for key, value in source.items() if key != "base"} if isinstance(source, dict) else source
+    return str(Reference.parse(given))
