@@ -78,7 +78,7 @@ def _body(directory: str, config: SubspaceConfig) -> str:
     rows = [
         ("Base model", f"`{base_model if is_model_id(base_model) else os.path.basename(os.path.normpath(base_model))}`"),
         ("Method", f"[{config.title}]({config.paper})"),
-        ("Ranks", _ranks(config)),
+        config.summary,
         ("Trained parameters", f"{parameters:,}"),
         ("File size", f"{size / 1024:,.0f} kB"),
         *((name.replace("_", " "), f"{value:.4g}") for name, value in (config.metrics or {}).items()),
@@ -141,11 +141,6 @@ def _auto_class(config: SubspaceConfig) -> str:
 def is_model_id(name: str) -> bool:
     """Whether a name has the form of a Hub id (`model` or `owner/model`), which a path seldom has."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
-
-
-def _ranks(config: Any) -> str:
-    ranks = f"r = {config.r}" if getattr(config, "r", None) is not None else f"energy = {getattr(config, 'energy', '-')}"
-    return f"{ranks}, {len(config.rank_pattern)} layers with their own" if config.rank_pattern else ranks
 
 
 def count_parameters(path: str, config: SubspaceConfig) -> int:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from peft_subspace import FloraConfig, SubspaceConfig, SvfitConfig
+from peft_subspace import AtlasConfig, FloraConfig, SubspaceConfig, SvfitConfig
+from tests.pico import Pico
+from tests.pools import pool_of
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,16 @@ class Method:
     other: dict[str, Any]  # of a second adapter, unlike the first
     patterns: dict[str, Any] = field(default_factory=dict)  # a value for every pattern field of the config
     lora_rank: int = 2  # the LoRA of the same rank, which may keep as many bytes for backward
+    dropout: bool = True  # whether the update has an input that can be dropped
+    composes: bool = False  # effective weights are composed of a pool of task vectors
+    vector_rank: int | None = None  # of the matrices in that pool; None for dense ones
 
-    def make(self, **fields: Any) -> Any:
-        """The config of "default", with other fields."""
-        return self.config(**{**self.fields, **fields})
+    def make(self, pico: Pico, second: bool = False, **fields: Any) -> Any:
+        """The config of "default", or of the second adapter, for a pico model and with other fields."""
+        pool = {"pool": pool_of(pico, self.vector_rank)} if self.composes else {}
+        if not self.dropout:
+            fields.pop("dropout", None)
+        return self.config(**{**(self.other if second else self.fields), **pool, **fields})
 
 
 METHODS = {
@@ -35,6 +43,8 @@ METHODS = {
         {"rank_pattern": 3},
         lora_rank=16,
     ),
+    "ATLAS": Method(AtlasConfig, {}, {"init": 0.1}, dropout=False, composes=True),
+    "ATLAS, vectors of low rank": Method(AtlasConfig, {}, {"init": 0.1}, dropout=False, composes=True, vector_rank=2),
 }
 
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

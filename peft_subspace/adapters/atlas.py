@@ -276,6 +276,8 @@ class AtlasDelta(Delta):
         owner = torch.tensor([t for t, pair in pairs for _ in range(pair[1].shape[0])], device=out.device)
         inner = self.geometry.down(x, down)
         scaled = (inner.to(self.values().dtype) * self.values()[owner]).to(out.dtype)
+        if self.geometry.padding_idx is not None:  # a row of padding gets no gradient, as in the embedding itself
+            scaled = torch.where((x == self.geometry.padding_idx).unsqueeze(-1), scaled.detach(), scaled)
         return self.geometry.up(scaled, up, out)
 
     def delta_weight(self, weight: Weight) -> Tensor:

@@ -37,6 +37,12 @@ class OpenedPool:
     blocks: set[str] = field(default_factory=set, repr=False)
     leaders: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def __deepcopy__(self, memo: Any) -> OpenedPool:
+        return OpenedPool(self.pool, self.sources, self.kinds, set(self.blocks))  # for another adapter, with leaders of its own
+
+    def __reduce__(self) -> Any:
+        return OpenedPool, (self.pool, self.sources, self.kinds, self.blocks)
+
     def source_of(self, name: str) -> str:
         """The name under which the pool knows a parameter."""
         return self.sources.get(name, name)
@@ -75,7 +81,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     entries = open_pool(
         {name: config.pool[name] for name in names},
         shapes,
-        buffers=[name.replace(".base_layer", "") for name, _ in model.named_buffers()],
+        others={name.replace(".base_layer", "").replace(".original_module", "") for name in model.state_dict()},
         base=config.base or config.base_model_name_or_path,
         config=declared.to_dict() if hasattr(declared, "to_dict") else None,
         strict=config.strict,

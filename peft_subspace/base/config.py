@@ -118,6 +118,13 @@ class SubspaceConfig(PeftConfig):
                 f"else by its fields than {_version.__version__} does. Install peft_subspace>={self.peft_subspace_version}."
             )
 
+    @property
+    def summary(self) -> tuple[str, str]:
+        """What the model card says about the size of an adapter: a title and a text."""
+        r, energy = getattr(self, "r", None), getattr(self, "energy", "-")
+        ranks = f"r = {r}" if r is not None else f"energy = {energy}"
+        return "Ranks", f"{ranks}, {len(self.rank_pattern)} layers with their own" if self.rank_pattern else ranks
+
     def for_layer(self, key: str, weight: str = "weight") -> Any:
         """This config with the overrides of one weight (`rank_pattern` and its like) filled in.
 

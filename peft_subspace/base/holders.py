@@ -23,7 +23,7 @@ class Holder(OwnWeightLayer):
     def __init__(self, owner: nn.Module, prefix: str, delta_cls: type[Delta], parameter_name: str, **kwargs: Any) -> None:
         self.__dict__["owner"], self.parameter_name = owner, parameter_name  # not a child: it is the parent
         super().__init__(nn.Identity(), prefix, delta_cls, **kwargs)
-        owner.register_forward_pre_hook(self._put, with_kwargs=True)
+        owner.register_forward_pre_hook(self._put)
         owner.register_forward_hook(self._take_away, always_call=True)
 
     def get_base_layer(self) -> nn.Module:
@@ -34,9 +34,7 @@ class Holder(OwnWeightLayer):
     def _describe(self) -> dict[str, Geometry]:
         return describe(self.get_base_layer(), self.parameter_name)
 
-    def _put(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(f"`adapter_names` does not work with target_parameters ({self.parameter_name}).")
+    def _put(self, module: nn.Module, args: Any) -> None:
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         if self._disable_adapters or self.merged_adapters:
@@ -69,7 +67,6 @@ class Holder(OwnWeightLayer):
         for hooks in (owner._forward_pre_hooks, owner._forward_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
-                owner._forward_pre_hooks_with_kwargs.pop(key, None)
                 owner._forward_hooks_always_called.pop(key, None)
         for name in [name for name, child in owner._modules.items() if child is self]:
             del owner._modules[name]

@@ -158,7 +158,7 @@ def open_pool(
     sources: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    buffers: Collection[str] = (),
+    others: Collection[str] = (),
     base: str | None = None,
     config: Mapping[str, Any] | None = None,
     strict: bool = True,
@@ -168,7 +168,7 @@ def open_pool(
     Args:
         sources: name -> a reference (`Reference.parse`), or `{"path": ..., "revision": ..., "base": ...}`.
         shapes: parameter of the model -> its shape.
-        buffers: names of the model that are no parameters (running statistics), which are never composed.
+        others: names of the model that are not composed: running statistics, modules that are trained whole.
         base: the base of whole models among them.
         config: of the model, config.json, for architectures that are saved under older names.
         strict: refuse tensors that fit no parameter; else they are left out.
@@ -176,14 +176,14 @@ def open_pool(
     Raises:
         InputError: a vector that is not there, is damaged, fits no parameter, or has another shape. Names the vector.
     """
-    model = _Model(shapes, frozenset(buffers), base, config or {}, strict)
+    model = _Model(shapes, frozenset(others), base, config or {}, strict)
     return [_open(name, source, model) for name, source in sources.items()]
 
 
 @dataclass(frozen=True)
 class _Model:
     shapes: Mapping[str, tuple[int, ...]]
-    buffers: frozenset[str]
+    others: frozenset[str]
     base: str | None
     config: Mapping[str, Any]
     strict: bool
@@ -210,7 +210,7 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
 
 def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:
     """Parameter of the model -> name in the vector."""
-    known = {*model.shapes, *model.buffers}
+    known = {*model.shapes, *model.others}
     found = match_names(list(vector.shapes), known, vector.base_name or "it")
     lost = [name for name in vector.shapes if name not in found and not is_buffer(name)]
     if lost and model.config:

@@ -44,7 +44,7 @@ def method(request: pytest.FixtureRequest) -> Method:
 
 
 def config(method: Method, pico: Pico, **fields: Any) -> Any:
-    return method.config(**{**method.fields, **pico.targets, **fields})
+    return method.make(pico, **{**pico.targets, **fields})
 
 
 def adapt(method: Method, pico: Pico, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
@@ -62,7 +62,8 @@ def add(model: Any, method: Method, name: str = "other", seed: int = 11, **field
     targets["modules_to_save"] = first.modules_to_save
     if first.target_parameters:
         targets["target_parameters"] = sorted(model.base_model.targeted_parameter_names)[::2]
-    model.add_adapter(name, method.config(**{**method.other, **targets, "init_weights": False, **fields}))
+    pool = {"pool": first.pool} if method.composes else {}
+    model.add_adapter(name, method.config(**{**method.other, **pool, **targets, "init_weights": False, **fields}))
     wide(model, next(model.get_base_model().parameters()).dtype)
 
 
@@ -95,11 +96,11 @@ def dense_output(model: Any, batch: dict[str, Tensor], weights: dict[str, float]
         return output(call, batch)  # type: ignore[arg-type]
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:
-    """Difference relative to the size of what is expected."""
+def assert_near(found: Tensor, expected: Tensor, tolerance: float = EXACT, least: float = 0.0) -> None:
+    """Difference relative to the size of what is expected, or to `least` if that is larger."""
     assert found.shape == expected.shape
     found, expected = found.detach(), expected.detach()
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(least))
     assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.1e}"
 
 
@@ -149,9 +150,10 @@ def test_is_its_dense_definition(method: Method, name: str) -> None:
     assert_far(expected, base)
     assert_near(found, expected)
     grad = torch.randn_like(expected)
-    gradients = (torch.autograd.grad(y, parameters, grad) for y in (found, expected))
-    for mine, wanted in zip(*gradients, strict=True):
-        assert_near(mine, wanted)
+    gradients = [torch.autograd.grad(y, parameters, grad) for y in (found, expected)]
+    largest = max(float(gradient.norm()) for gradient in gradients[1])
+    for mine, wanted in zip(*gradients, strict=True):  # softmax does not see a bias of keys: its gradient is all roundings
+        assert_near(mine, wanted, least=1e-4 * largest)
     model.merge_adapter()
     assert_near(run(model, batch), expected)
 
@@ -571,13 +573,14 @@ def test_add_weighted_adapter_is_the_sum(method: Method, name: str, mix: str) ->
 @pytest.mark.parametrize("name", [*LAYERS, "mha", "moe"])
 def test_combine_is_exact(method: Method, name: str) -> None:
     """The tensors of the sum, before they are rounded to float32."""
-    model = three_adapters(method, (LAYERS | MODELS)[name], torch.float64)
+    pico = (LAYERS | MODELS)[name]
+    model = three_adapters(method, pico, torch.float64)
     for layer in layers(model).values():
         for container, (_, geometry) in layer.geometries.items():
             deltas = [layer.deltas(adapter)[container] for adapter in ("default", "third")]
             weight = partial(layer._canonical_weight, container)
             fields, tensors = layer.delta_cls.combine(deltas, [0.7, -1.3])
-            found = layer.delta_cls(geometry, method.config(**{**method.fields, **fields})).double()
+            found = layer.delta_cls(geometry, method.make(pico, **fields)).double()
             assert found.state_dict().keys() == tensors.keys()
             found.prepare(weight, deltas)
             found.load_state_dict({name: tensor.double() for name, tensor in tensors.items()})
@@ -659,7 +662,10 @@ def test_choosing_layers(method: Method) -> None:
     assert chosen(exclude_modules=r".*layers\.1.*") == first
     assert chosen(target_modules=r".*layers\.0\..*_proj") == first
     assert chosen(exclude_modules=["q_proj"]) == {name for name in everything if "q_proj" not in name}
-    assert chosen(target_modules=None) <= everything
+    if method.composes:  # by default, every parameter that the pool changes
+        assert everything < chosen(target_modules=None, target_parameters=None)
+    else:
+        assert chosen(target_modules=None) <= everything
     with pytest.raises(ValueError, match=r"'q_prj', which was not found.*Near names: q_proj"):
         chosen(target_modules=["q_prj"])
 
@@ -728,6 +734,10 @@ def test_autocast_leaves_every_layer_its_dtype(method: Method, name: str) -> Non
 @pytest.mark.parametrize("name", ["mlp", "conv", "llama", "gpt2"])
 def test_dropout_acts_in_training_only(method: Method, name: str) -> None:
     batch = MODELS[name].batch()
+    if not method.dropout:
+        with pytest.raises(ValueError, match=r"dropout=0\.5.*Leave them out"):
+            method.config(dropout=0.5)
+        return
     model, without = adapt(method, MODELS[name], dropout=0.5), adapt(method, MODELS[name])
     assert torch.equal(run(model, batch), run(without, batch))
     model.train()
@@ -743,6 +753,8 @@ def test_dropout_acts_in_training_only(method: Method, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mha", "moe"])
 def test_dropout_that_has_no_effect_is_said(method: Method, name: str) -> None:
+    if not method.dropout:
+        return  # refused by the config, see the test above
     with pytest.warns(UserWarning, match=r"dropout=0.5 has no effect on (MultiheadAttention|Llama4Router|Llama4TextExperts)"):
         adapt(method, MODELS[name], dropout=0.5)
 
@@ -792,8 +804,18 @@ def test_compiles_whole_and_once(method: Method, name: str) -> None:
             train(call, batch, steps=2)
     (losses, eager), (compiled_losses, model) = results
     assert compiled_losses == pytest.approx(losses, rel=1e-5)
+    ignored = noise(copy.deepcopy(eager), pico.batch())
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, eager.state_dict()[key], rtol=1e-3, atol=1e-4)  # three steps of Adam, float32
+        if key not in ignored:
+            torch.testing.assert_close(value, eager.state_dict()[key], rtol=1e-3, atol=1e-4)  # three steps of Adam, float32
+
+
+def noise(model: nn.Module, batch: dict[str, Tensor]) -> set[str]:
+    """Parameters whose gradient is all roundings, such as a bias before a BatchNorm: Adam makes whole steps of those."""
+    model.train().zero_grad()
+    loss(model, batch).backward()
+    norms = {key: float(p.grad.norm()) for key, p in model.named_parameters() if p.grad is not None}
+    return {key for key, norm in norms.items() if norm < 1e-5 * max(norms.values())}
 
 
 class Stack(nn.Module):
@@ -826,6 +848,8 @@ def test_keeps_no_more_for_backward_than_lora(method: Method, name: str, dtype: 
 
     For layers that are called. One that reads its own weight (MultiheadAttention, experts) keeps a dW, like LoRA's there.
     """
+    if method.composes:
+        return keeps_no_more_than_full_fine_tuning_and_the_weights(method, BYTES[name], dtype)
     pico, kept = BYTES[name], {}
     targets = {**pico.targets, "task_type": None}
     lora = LoraConfig(r=method.lora_rank, fan_in_fan_out=name == "gpt2", **targets)
@@ -833,6 +857,16 @@ def test_keeps_no_more_for_backward_than_lora(method: Method, name: str, dtype: 
         model = get_peft_model(pico.model(dtype), chosen).train()
         kept[kind] = bytes_for_backward(model, pico.batch(dtype))
     assert 0 < kept["ours"] <= kept["lora"]
+
+
+def keeps_no_more_than_full_fine_tuning_and_the_weights(method: Method, pico: Pico, dtype: torch.dtype) -> None:
+    """A composed weight is kept as full fine-tuning keeps its own. No sum, product or vector beside it, however many there are."""
+    model = get_peft_model(pico.model(dtype), config(method, pico, task_type=None)).train()
+    weights = sum(layer._base_weight(container).nbytes for layer in layers(model).values() for container in layer.geometries)
+    adding = [d for layer in layers(model).values() for d in layer.deltas("default").values() if d.adds]
+    inner = len(adding) * 4 * 24 * 4  # `[n, R]` in float32: 24 tokens, two vectors of rank 2
+    full = pico.model(dtype).train().requires_grad_(True)
+    assert 0 < bytes_for_backward(model, pico.batch(dtype)) <= bytes_for_backward(full, pico.batch(dtype)) + weights + inner
 
 
 def bytes_for_backward(model: nn.Module, batch: dict[str, Tensor]) -> int:

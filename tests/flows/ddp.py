@@ -42,7 +42,7 @@ def train(model: Any, rows: slice, name: str, reduce: Any, optimizer: Any, backw
 def compare(accelerator: Accelerator, method: str, name: str) -> dict[str, Any]:
     """The same training by two processes on two rows each, and by one on four."""
     torch.manual_seed(accelerator.process_index)  # DDP makes the ranks equal
-    config = METHODS[method].make(init_weights=False, **MODELS[name].targets)
+    config = METHODS[method].make(MODELS[name], init_weights=False, **MODELS[name].targets)
     model = get_peft_model(MODELS[name].model(), config).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     wrapped, prepared = accelerator.prepare(model, optimizer)

@@ -28,7 +28,7 @@ def accelerator() -> Iterator[Accelerator]:
 
 
 def adapted(method: Method, name: str, **fields: Any) -> PeftModel:
-    return get_peft_model(MODELS[name].model(), method.make(**{**MODELS[name].targets, **fields}))
+    return get_peft_model(MODELS[name].model(), method.make(MODELS[name], **{**MODELS[name].targets, **fields}))
 
 
 def values(model: nn.Module) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def examples(name: str, count: int = 24) -> list[dict[str, Tensor]]:
 def adapted(name: str, method: Method = METHODS["FLORA"], **fields: Any) -> PeftModel:
     torch.manual_seed(3)
     base = MODELS[name].model(seed=3)
-    return get_peft_model(base, method.make(**{"dropout": 0.1, **MODELS[name].targets, **fields}))
+    return get_peft_model(base, method.make(MODELS[name], **{"dropout": 0.1, **MODELS[name].targets, **fields}))
 
 
 def trainer(name: str, folder: Path, model: Any = None, method: Method = METHODS["FLORA"], **arguments: Any) -> Trainer:

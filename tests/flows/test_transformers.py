@@ -26,7 +26,7 @@ NAMES = ["llama", "gpt2", "bert", "resnet", "t5", "moe"]
 
 def config_for(name: str, method: Method = METHODS["FLORA"], **fields: Any) -> Any:
     # without a task: for SEQ_CLS, PeftModel expects a head in the file that `model.add_adapter` did not make trainable
-    return method.make(**{"init_weights": False, **MODELS[name].targets, "task_type": None, **fields})
+    return method.make(MODELS[name], **{"init_weights": False, **MODELS[name].targets, "task_type": None, **fields})
 
 
 def logits(model: nn.Module, name: str) -> Tensor:
@@ -42,7 +42,7 @@ def test_add_switch_save_and_load(method: Method, name: str, tmp_path: Path) -> 
     model.add_adapter(config_for(name, method), "one")
     train(model, MODELS[name].batch(), steps=1)
     one = logits(model, name)
-    model.add_adapter(config_for(name, method, r=3), "two")
+    model.add_adapter(config_for(name, method, second=True), "two")
     two = logits(model, name)
     assert model.active_adapters() == ["two"]
     results = [base, one, two]
@@ -61,7 +61,8 @@ def test_add_switch_save_and_load(method: Method, name: str, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     write_model_card(tmp_path)  # transformers writes the weights last, so it cannot come by itself
-    assert f"| Ranks | r = {method.fields['r']} |" in (tmp_path / "README.md").read_text()
+    title, text = model.peft_config["one"].summary
+    assert f"| {title} | {text} |" in (tmp_path / "README.md").read_text()
 
     loaded = MODELS[name].model()
     info = loaded.load_adapter(str(tmp_path), adapter_name="again")

@@ -36,7 +36,7 @@ def saved(
     model = MODELS[name].model()
     if base is not None:
         model.name_or_path = base
-    model = get_peft_model(model, method.make(**{**MODELS[name].targets, **fields}))
+    model = get_peft_model(model, method.make(MODELS[name], **{**MODELS[name].targets, **fields}))
     model.save_pretrained(str(folder))
     return model
 
