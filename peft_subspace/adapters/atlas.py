@@ -1,9 +1,9 @@
 """aTLAS: learn how to combine task vectors, one coefficient for each vector and block of parameters.
 
-    tau_t = theta_t - theta_0            theta_b = theta_0,b + sum_t lambda[t, b] tau_t,b            lambda: 0 at the start, trained
+    tau_t = theta_t - theta_0        theta_b = theta_0,b + sum_t lambda[t, b] tau_t,b        lambda: 0 at the start, trained
 
-Source: Zhang et al., "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling" (arXiv:2407.02880), and its official
-code, `fredzzhang/atlas`; the paper's tables could not be read. What differs from that code is in docs/atlas.md.
+Source: Zhang et al., "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling" (arXiv:2407.02880), and its
+official code, `fredzzhang/atlas`; the paper's tables could not be read. What differs from that code is in docs/atlas.md.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class AtlasConfig(SubspaceConfig):
         exclude_pool: names to leave out (the target task's own vector, in the leave-one-out protocol).
         target_modules: as everywhere; None takes every parameter that the pool changes.
         block_types: kinds of parameters that become blocks: "linear", "conv", "embedding", "norm", "bias", "other".
-        granularity: what has a coefficient of its own for each vector: "block" (a parameter tensor; the paper), "task" (the whole
-            model: learned task arithmetic), "row" or "column" (output or input channel), "partition" (K random parts of a block).
+        granularity: what has a coefficient of its own for each vector: "block" (a parameter tensor; the paper), "task" (the
+            whole model: learned task arithmetic), "row" or "column" (output or input channel), "partition" (K random parts of a
+            block).
         partition: K, 1 to 256, for "partition". Blocks of one dimension keep one coefficient.
         partition_seed: of the random parts.
         tie_blocks: groups of endings of parameter names that share coefficients within a layer, such as
@@ -48,7 +49,7 @@ class AtlasConfig(SubspaceConfig):
         fused_splits: ending of a parameter's name -> n: its rows have n coefficients, as a fused q, k, v weight has three.
         init: start value of the coefficients, or name of a vector -> value (0 for the others). 0.3 is task arithmetic.
         nonnegative: keep coefficients at or above zero (a negative one counts as zero and gets no gradient).
-        vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with one scale for each tensor.
+        vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with a scale for each tensor.
         placement: "device" keeps dense vectors where the weights are, "cpu" in the host's memory, "disk" in their files.
         max_vector_bytes: refuse a pool that takes more memory.
         strict: refuse vectors with tensors that fit no parameter of the model.
@@ -59,6 +60,8 @@ class AtlasConfig(SubspaceConfig):
     title: ClassVar[str] = "aTLAS"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.02880"
     patterns: ClassVar[dict[str, str]] = {}
+    # PEFT saves an embedding whole where it is adapted, except by methods that train single tokens: of those, none.
+    trainable_token_indices: ClassVar[dict[str, Any]] = {}
     opened: ClassVar[OpenedPool | None] = None  # of an instance, once it was put on a model
     block: ClassVar[str] = ""  # of the config of one weight: its name
 
@@ -181,8 +184,9 @@ def _along(geometry: Geometry, axis: int, length: int) -> Tensor:
 
 
 class AtlasDelta(Delta):
-    """The coefficients of one block: `coefficients` `[T]`, or `[T, K]`, float32, trained. Blocks that share coefficients look at
-    those of the first of them, which alone has the tensor.
+    """The coefficients of one block: `coefficients` `[T]`, or `[T, K]`, float32, trained.
+
+    Blocks that share coefficients look at those of the first of them, which alone has the tensor.
     """
 
     composes_weight: ClassVar[bool] = True
@@ -212,8 +216,8 @@ class AtlasDelta(Delta):
         groups = groups_of(geometry, config)
         if geometry.quantized and (groups is not None or not config.opened.is_low_rank(config.block)):
             raise ValueError(
-                "the weight is quantised and cannot be composed with dense task vectors, or by rows, columns or parts. Use LoRA "
-                "adapters as task vectors with granularity='block', or load the base unquantised."
+                "the weight is quantised and cannot be composed with dense task vectors, or by rows, columns or parts. Use "
+                "LoRA adapters as task vectors with granularity='block', or load the base unquantised."
             )
 
     @classmethod
@@ -350,8 +354,8 @@ class AtlasModel(SubspaceModel):
     def coefficient_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer groups: the coefficients with a rate of their own, then whatever else is trained.
 
-        Coefficients move by about `lr` a step and want 100 to 10,000 times the rate of weights; and a Trainer exempts parameters
-        with "norm" or "bias" in their names from weight decay, which would be those of norms and biases.
+        Coefficients move by about `lr` a step and want 100 to 10,000 times the rate of weights; and a Trainer exempts
+        parameters with "norm" or "bias" in their names from weight decay, which would be those of norms and biases.
         """
         deltas = [
             d for _, layer in self.named_subspace_layers() for name in self.peft_config for d in layer.deltas(name).values()

@@ -63,7 +63,8 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     """Open the pool of a config on a model, and fill in or check what its vectors are known by.
 
     Raises:
-        ValueError: an empty pool; a vector that is not there, does not fit, or is not the one that a file's coefficients belong to.
+        ValueError: an empty pool; a vector that is not there, does not fit, or is not the one that a file's coefficients
+            belong to.
     """
     names = config.vector_names
     if not names:
@@ -77,7 +78,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         shapes[name] = tuple(geometry.native(torch.empty(geometry.shape, device="meta")).shape)
         kinds[name] = _kind(module, own, geometry)
         first.setdefault(id(parameter), []).append(name)
-    declared = getattr(model, "config", None)
+    declared: Any = getattr(model, "config", None)
     entries = open_pool(
         {name: config.pool[name] for name in names},
         shapes,
@@ -135,7 +136,8 @@ def chosen_blocks(config: Any, model: nn.Module, targets: dict[str, dict[str, Ge
     opened.blocks = {block_name(name, weight) for name, weights in targets.items() for weight in weights}
     if not opened.blocks:
         raise ValueError(
-            f"The task vectors {', '.join(opened.pool.names)} change none of the targeted parameters of kinds {config.block_types}."
+            f"The task vectors {', '.join(opened.pool.names)} change none of the targeted parameters of kinds "
+            f"{config.block_types}."
         )
     if len(targets) < before:
         _narrow(config, model, set(targets))
@@ -182,8 +184,9 @@ def _check_base(config: Any, model: nn.Module, opened: OpenedPool) -> None:
     wrong = [n for n, (value, dtype) in found.items() if n in expected["values"] and not _fits(value, dtype, n, expected)]
     if wrong:
         raise InputError(
-            f"{type(model).__name__} is not the base that the coefficients were learned on: the values of {shortened(wrong)} are "
-            f"others. Load the adapter onto its own base; to use its coefficients on this one, set config.provenance['base'] = None."
+            f"{type(model).__name__} is not the base that the coefficients were learned on: the values of {shortened(wrong)} "
+            f"are others. Load the adapter onto its own base; to use its coefficients on this one, set "
+            f"config.provenance['base'] = None."
         )
 
 

@@ -32,8 +32,9 @@ class EffectiveWeights:
     With a graph, that is in training, a weight is composed for every call and lives as long as the graph: a later change of the
     coefficients cannot reach it. Without one it is kept until something that it was made of changes: the active adapters, the
     device or dtype, the version of a tensor, its address, or (for up to 65,536 values) the values themselves, because a write
-    through `.data` leaves the version as it is. A frozen tensor on an accelerator is not compared: that would make the host wait
-    for the device in every layer. A write through `.data` into the base's own weight is seen at the next `train()` or `eval()`.
+    through `.data` leaves the version as it is. A frozen tensor on an accelerator is not compared: that would make the host
+    wait for the device in every layer. A write through `.data` into the base's own weight is seen at the next `train()` or
+    `eval()`.
     """
 
     def __init__(self) -> None:
@@ -93,12 +94,11 @@ def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tenso
     owner, name = layer._locate(container)
     weight = getattr(owner, name)
     if weight.is_meta or isinstance(weight, DTensor):
-        where = (
-            "sharded over several processes (FSDP)" if isinstance(weight, DTensor) else "not in memory (offloaded, or on meta)"
-        )
+        sharded = isinstance(weight, DTensor)
+        where = "sharded over several processes (FSDP)" if sharded else "not in memory (offloaded, or on meta)"
         raise ValueError(
-            f"{layer.key}.{layer.geometries[container][0]} is {where}, and its effective weight is composed of whole tensors. Keep "
-            f"the base whole on every device (DDP), or merge the adapter before the model is sharded or offloaded."
+            f"{layer.key}.{layer.geometries[container][0]} is {where}, and its effective weight is composed of whole tensors. "
+            f"Keep the base whole on every device (DDP), or merge the adapter before the model is sharded or offloaded."
         )
     # what an inference makes must be good for training later
     with torch.inference_mode(False), torch.no_grad(), without_autocast(weight):

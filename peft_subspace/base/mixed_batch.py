@@ -45,8 +45,8 @@ def adapter_names_passed_on(tuner: nn.Module, adapter_names: list[str] | None, n
     held = [layer.parameter_name for layer in layers if getattr(layer, "is_holder", False)]
     if held:
         raise ValueError(
-            f"`adapter_names` does not work with target_parameters ({', '.join(held)}): one value serves the whole batch. Run each "
-            f"adapter's samples by themselves with `set_adapter`."
+            f"`adapter_names` does not work with target_parameters ({', '.join(held)}): one value serves the whole batch. Run "
+            f"each adapter's samples by themselves with `set_adapter`."
         )
     encoder = None
     if isinstance(num_beams, int) and num_beams > 1:

@@ -162,8 +162,8 @@ def find_targets(
             )
             raise ValueError(
                 f"Target module {name!r} ({type(module).__name__}) is not supported. Supported are {supported} and "
-                f"MultiheadAttention; a bare parameter of any module can be adapted with target_parameters. Leave the layer out "
-                f"with exclude_modules."
+                f"MultiheadAttention; a bare parameter of any module can be adapted with target_parameters. Leave the layer "
+                f"out with exclude_modules."
             )
         found[name] = geometries
     if config.target_parameters:

@@ -108,9 +108,9 @@ class Groups:
 def partition(size: int, parts: int, seed: int, name: str) -> Tensor:
     """A fixed, evenly random part for every entry of a weight, `[size]` uint8.
 
-    h(e) = mix(mix(low word of e ^ key_0) ^ high word of e ^ key_1), part(e) = floor(K h / 2^32), with the finaliser of MurmurHash3 as
-    `mix` and both keys from SHA-256 of the seed and the name. Integer arithmetic on the position alone: the same on every
-    machine, device, thread count and in every process, so a file needs the seed and no map.
+    h(e) = mix(mix(low word of e ^ key_0) ^ high word of e ^ key_1), part(e) = floor(K h / 2^32), with the finaliser of
+    MurmurHash3 as `mix` and both keys from SHA-256 of the seed and the name. Integer arithmetic on the position alone: the same
+    on every machine, device, thread count and in every process, so a file needs the seed and no map.
 
     Args:
         size: n, entries.
@@ -205,8 +205,8 @@ def inner_products(grad: Tensor, vectors: Sequence[Vector | None], groups: Group
     sums = torch.zeros(len(vectors), 1 if groups is None else groups.count, dtype=torch.float64, device=grad.device)
     low_rank = {t: v for t, v in enumerate(vectors) if isinstance(v, LowRank) and groups is None}
     dense = [(t, vector) for t, vector in enumerate(vectors) if vector is not None and t not in low_rank]
-    for t, vector in low_rank.items():
-        sums[t] = _low_rank_product(flat, vector, wide)
+    for t, factors in low_rank.items():
+        sums[t] = _low_rank_product(flat, factors, wide)
     for start, part in _chunks(flat) if dense else ():
         part = part.to(wide)
         where = None if groups is None else groups.part(start, start + part.numel(), part.device)

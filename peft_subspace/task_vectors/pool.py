@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from .validate import is_buffer, match_names
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What of an adapter's config changes its dW.
 SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "scale", "scale_pattern")
+_LOCAL = threading.local()
 # Vectors that are in memory, for as long as an adapter uses them: adapters with one pool hold it once.
 _SHARED: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
@@ -58,18 +60,17 @@ class Streamed:
 
     def __init__(self, vector: TaskVector, name: str) -> None:
         self.vector, self.name = vector, name
-        self._reader = Reader()
 
     def part(self, start: int, stop: int, like: Tensor) -> Tensor:
         """Values [start, stop) of the flat tensor, in the dtype and on the device of `like`."""
-        base = self.vector.base
+        base, reader = self.vector.base, _reader()
         total, slot = torch.zeros(stop - start), 1
         for weight, given in self.vector.terms:
             if self.name not in given:
                 continue
-            one = GivenReader(given[self.name], torch.float32, self._reader, slot)
+            one = GivenReader(given[self.name], torch.float32, reader, slot)
             slot += one.slots
-            own = None if one.is_delta else self._reader.stored(base[self.name], start, stop, 0).float()
+            own = None if one.is_delta else reader.stored(base[self.name], start, stop, 0).float()
             values = one.part(start, stop, own).float()
             total += weight * (values if own is None else values - own)
         return total.to(like.device, like.dtype)
@@ -79,6 +80,14 @@ class Streamed:
 
     def __reduce__(self) -> Any:
         return Streamed, (self.vector, self.name)
+
+
+def _reader() -> Reader:
+    """One for all vectors of a thread: its buffers hold one part at a time."""
+    if not hasattr(_LOCAL, "reader"):
+        _LOCAL.reader = Reader()
+    reader: Reader = _LOCAL.reader
+    return reader
 
 
 @dataclass
@@ -271,10 +280,9 @@ def check_records(expected: Sequence[Mapping[str, Any]], entries: Sequence[Entry
             raise InputError(f"the pool has no task vector {record['name']!r}, for which there are coefficients.")
         if _digest(identity(record)) != entry.digest:
             raise InputError(
-                f"the task vector {entry.name!r} at {entry.record['reference']} is not the one that the coefficients were learned "
-                f"with ({record['reference']}): its files have other sizes or hashes. Give the place of the right one in "
-                f"`pool`: config.pool[{entry.name!r}] = PLACE; "
-                f"PeftModel.from_pretrained(model, adapter, config=config)."
+                f"the task vector {entry.name!r} at {entry.record['reference']} is not the one that the coefficients were "
+                f"learned with ({record['reference']}): its files have other sizes or hashes. Give the place of the right one: "
+                f"config.pool[{entry.name!r}] = PLACE; PeftModel.from_pretrained(model, adapter, config=config)."
             )
 
 

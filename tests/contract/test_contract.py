@@ -806,7 +806,7 @@ def test_compiles_whole_and_once(method: Method, name: str) -> None:
     assert compiled_losses == pytest.approx(losses, rel=1e-5)
     ignored = noise(copy.deepcopy(eager), pico.batch())
     for key, value in model.state_dict().items():
-        if key not in ignored:
+        if key not in ignored and not (ignored and key.endswith("running_mean")):  # the mean goes with the bias before it
             torch.testing.assert_close(value, eager.state_dict()[key], rtol=1e-3, atol=1e-4)  # three steps of Adam, float32
 
 
@@ -860,7 +860,7 @@ def test_keeps_no_more_for_backward_than_lora(method: Method, name: str, dtype: 
 
 
 def keeps_no_more_than_full_fine_tuning_and_the_weights(method: Method, pico: Pico, dtype: torch.dtype) -> None:
-    """A composed weight is kept as full fine-tuning keeps its own. No sum, product or vector beside it, however many there are."""
+    """A composed weight is kept as full fine-tuning keeps its own; no sum, product or vector beside it, however many."""
     model = get_peft_model(pico.model(dtype), config(method, pico, task_type=None)).train()
     weights = sum(layer._base_weight(container).nbytes for layer in layers(model).values() for container in layer.geometries)
     adding = [d for layer in layers(model).values() for d in layer.deltas("default").values() if d.adds]
