@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..base import Delta, Geometry, SubspaceConfig, SubspaceModel
 from ..base.delta import Weight
 from ..functional import composition
-from ..functional.composition import Groups, LowRank, Vector
+from ..functional.composition import LowRank, Vector
+from ..functional.groups import MAX_PARTS, Groups, partition
 from ..registration import register
 from ..task_vectors.pool import DTYPES, reference_text
 from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
@@ -110,8 +111,8 @@ class AtlasConfig(SubspaceConfig):
                 f"partition={self.partition!r} with granularity={self.granularity!r}: the number of parts goes with "
                 f"granularity='partition', and with no other."
             )
-        if self.partition is not None and not 1 <= self.partition <= composition.MAX_PARTS:
-            raise ValueError(f"partition={self.partition!r}: a number of parts from 1 to {composition.MAX_PARTS} is expected.")
+        if self.partition is not None and not 1 <= self.partition <= MAX_PARTS:
+            raise ValueError(f"partition={self.partition!r}: a number of parts from 1 to {MAX_PARTS} is expected.")
         wrong = {name: n for name, n in self.fused_splits.items() if not isinstance(n, int) or n < 1}
         if wrong:
             raise ValueError(f"fused_splits={wrong!r}: a positive number of parts is expected for each ending.")
@@ -172,7 +173,7 @@ def groups_of(geometry: Geometry, config: Any) -> Groups | None:
     if config.granularity == "column":
         return Groups(geometry.shape[1], partial(_along, geometry, 1, 1))
     if config.granularity == "partition":
-        return Groups(config.partition, partial(composition.partition, size, config.partition, config.partition_seed, name))
+        return Groups(config.partition, partial(partition, size, config.partition, config.partition_seed, name))
     return None
 
 

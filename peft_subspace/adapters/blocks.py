@@ -12,7 +12,8 @@ from ..base.geometry import Geometry, describe, describe_all
 from ..base.holders import has_children
 from ..base.targets import base_parameters, exact_targets
 from ..task_vectors.errors import InputError
-from ..task_vectors.pool import DTYPES, Pool, check_records, open_pool
+from ..task_vectors.pool import DTYPES, Pool, open_pool
+from ..task_vectors.provenance import check_records
 from ..task_vectors.sources import shortened
 
 BLOCK_TYPES = ("linear", "conv", "embedding", "norm", "bias", "other")

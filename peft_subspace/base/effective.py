@@ -93,9 +93,9 @@ def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tenso
     """W_0 + sum of dW of these adapters: summed in float32 (or the base's wider dtype), rounded once, without a graph."""
     owner, name = layer._locate(container)
     weight = getattr(owner, name)
-    if weight.is_meta or isinstance(weight, DTensor):
-        sharded = isinstance(weight, DTensor)
-        where = "sharded over several processes (FSDP)" if sharded else "not in memory (offloaded, or on meta)"
+    sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_shape")
+    if weight.is_meta or sharded:
+        where = "sharded over several processes (FSDP, ZeRO-3)" if sharded else "not in memory (offloaded, or on meta)"
         raise ValueError(
             f"{layer.key}.{layer.geometries[container][0]} is {where}, and its effective weight is composed of whole tensors. "
             f"Keep the base whole on every device (DDP), or merge the adapter before the model is sharded or offloaded."

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 import threading
 import weakref
@@ -17,17 +15,16 @@ from torch import Tensor
 
 from ..functional.composition import Dense, LowRank, Vector
 from .errors import InputError
-from .models import Source, open_source, without_base
+from .models import open_source, without_base
+from .provenance import digest, identity, record_of
 from .reading import GivenReader, Reader
 from .references import Reference
 from .renaming import names_in_memory
-from .sources import Checkpoint, fingerprint, shortened
+from .sources import shortened
 from .task_vector import TaskVector
 from .validate import is_buffer, match_names
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What of an adapter's config changes its dW.
-SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "scale", "scale_pattern")
 _LOCAL = threading.local()
 # Vectors that are in memory, for as long as an adapter uses them: adapters with one pool hold it once.
 _SHARED: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
@@ -52,7 +49,7 @@ class Entry:
     @property
     def digest(self) -> str:
         """Of what the record says about the values; where they lie is left out."""
-        return _digest(identity(self.record))
+        return digest(identity(self.record))
 
 
 class Streamed:
@@ -214,7 +211,7 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
         names = _matched(vector, model)
     except InputError as error:
         raise InputError(f"The task vector {name!r}: {error}") from error
-    return Entry(name, vector, names, _record(name, source, base_source))
+    return Entry(name, vector, names, record_of(name, source, base_source))
 
 
 def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:
@@ -237,53 +234,6 @@ def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:
         pairs = [f"{name!r} is {list(vector.shapes[names[name]])}, in the model {list(model.shapes[name])}" for name in wrong]
         raise InputError(f"{len(wrong)} tensors have other shapes than in the model: {shortened(pairs)}.")
     return names
-
-
-# What a vector is known by -----------------------------------------------------------------------------------------------
-
-
-def _record(name: str, source: Source, base: Source | None) -> dict[str, Any]:
-    record = {"name": name, "reference": str(source.reference), "parts": [_part(part) for part in source.checkpoints]}
-    if base is not None and (source.full is not None):
-        record |= {"base": str(base.reference), "base_parts": [_part(part) for part in base.checkpoints]}
-    return record
-
-
-def _part(part: Checkpoint) -> dict[str, Any]:
-    found: dict[str, Any] = {"kind": part.kind, "commit": part.commit}
-    found["files"] = [fingerprint(header) for header in sorted(part.files, key=lambda file: file.path.name)]
-    if part.kind == "adapter":
-        found["scales"] = {key: part.config[key] for key in SCALES if part.config.get(key) is not None}
-    return found
-
-
-def identity(record: Mapping[str, Any]) -> list[Any]:
-    """What of a record must be the same for the same values: sizes and hashes, not places, commits or names."""
-    parts = [*record.get("parts", []), *record.get("base_parts", [])]
-    return [{key: part.get(key) for key in ("kind", "files", "scales")} for part in parts]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def check_records(expected: Sequence[Mapping[str, Any]], entries: Sequence[Entry]) -> None:
-    """Compare the vectors that coefficients were learned with and those that are there now; where they lie may differ.
-
-    Raises:
-        InputError: names the vector whose values are others.
-    """
-    found = {entry.name: entry for entry in entries}
-    for record in expected:
-        entry = found.get(str(record["name"]))
-        if entry is None:
-            raise InputError(f"the pool has no task vector {record['name']!r}, for which there are coefficients.")
-        if _digest(identity(record)) != entry.digest:
-            raise InputError(
-                f"the task vector {entry.name!r} at {entry.record['reference']} is not the one that the coefficients were "
-                f"learned with ({record['reference']}): its files have other sizes or hashes. Give the place of the right one: "
-                f"config.pool[{entry.name!r}] = PLACE; PeftModel.from_pretrained(model, adapter, config=config)."
-            )
 
 
 def reference_text(source: Any) -> str:

@@ -1,6 +1,14 @@
 """What of PEFT's own test-suite our configs are run through; see peft_conformance.py for the format."""
 
-from peft_subspace import FloraConfig, SvfitConfig
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from peft_subspace import AtlasConfig, FloraConfig, SvfitConfig
 
 FLORA = {"r": 4}
 # The suite trains with plain SGD at a learning rate of 0.5 on inputs up to 90 and the sum as loss. There the step grows
@@ -11,6 +19,42 @@ COLD = {"scale": 1e-4}  # this model feeds itself inputs up to 57,600 and is com
 SMALL = {"r": 2}
 TINY = {"r": 1}  # a layer with a single output has rank 1
 SVFIT = {"r": 4}  # lowered where a layer has fewer singular values
+
+
+# PEFT's models, whose task vectors a composed weight is made of. The suite makes a new model in every test, so the vectors fit
+# by name and shape. It trains by SGD at 0.5 on inputs up to 90; small vectors keep that from overflowing.
+LINEAR = {"lin0.weight": (20, 10), "lin0.bias": (20,), "lin1.weight": (2, 20), "lin1.bias": (2,)}
+SHAPES = {
+    "MLP": LINEAR,
+    "EmbConv1D": {
+        "emb.weight": (100, 5), "conv1d.weight": (5, 1), "conv1d.bias": (1,), "lin0.weight": (2, 10), "lin0.bias": (2,)
+    },
+    "Conv1d": {"conv1d.weight": (1, 1, 2), "conv1d.bias": (1,), "lin0.weight": (2, 9), "lin0.bias": (2,)},
+    "Conv2d": {"conv2d.weight": (10, 5, 3, 3), "conv2d.bias": (10,), "lin0.weight": (2, 10), "lin0.bias": (2,)},
+    "Conv3d": {"conv3d.weight": (10, 5, 3, 3, 3), "conv3d.bias": (10,), "lin0.weight": (2, 10), "lin0.bias": (2,)},
+    "MHA": {
+        "mha.in_proj_weight": (30, 10), "mha.in_proj_bias": (30,), "mha.out_proj.weight": (10, 10), "mha.out_proj.bias": (10,),
+        "lin0.weight": (2, 10), "lin0.bias": (2,),
+    },
+}  # fmt: skip
+
+
+def pools(count: int = 3, scale: float = 0.05) -> dict[str, dict[str, str]]:
+    """Model -> a pool of random vectors, in files that go with the process."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    generator, found = torch.Generator().manual_seed(0), {}
+    for model, shapes in SHAPES.items():
+        for t in range(count):
+            path = folder / f"{model}-{t}.safetensors"
+            tensors = {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+            save_file(tensors, path, metadata={"format": "pt", "peft_subspace": "task_vector"})
+            found.setdefault(model, {})[f"v{t}"] = str(path)
+    return found
+
+
+POOLS = pools()
+MLP = {"pool": POOLS["MLP"]}
 
 CASES = [
     ("FLoRA MLP 1", "MLP", FloraConfig, {**FLORA, "target_modules": "lin0"}),
@@ -61,6 +105,22 @@ CASES = [
             "target_modules": ["q_proj", "v_proj"],
             "target_parameters": ["feed_forward.experts.down_proj", "feed_forward.experts.gate_up_proj"],
         },
+    ),
+    ("aTLAS MLP 1", "MLP", AtlasConfig, {**MLP, "target_modules": "lin0"}),
+    ("aTLAS MLP 2", "MLP", AtlasConfig, {**MLP, "target_modules": ["lin0"], "granularity": "row"}),
+    ("aTLAS MLP 3", "MLP", AtlasConfig, {**MLP, "target_modules": ["lin1"], "granularity": "column"}),
+    ("aTLAS MLP 4", "MLP", AtlasConfig, {**MLP, "target_modules": ["lin0", "lin1"]}),
+    ("aTLAS MLP 5", "MLP", AtlasConfig, {**MLP, "target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("aTLAS MLP 6", "MLP", AtlasConfig, {**MLP, "target_modules": ["lin0"], "granularity": "partition", "partition": 4}),
+    *(
+        (f"aTLAS {model}", model, AtlasConfig, {"pool": POOLS[model], "target_modules": targets})
+        for model, targets in {
+            "EmbConv1D": ["emb", "conv1d"],
+            "Conv1d": ["conv1d"],
+            "Conv2d": ["conv2d", "lin0"],
+            "Conv3d": ["conv3d"],
+            "MHA": ["mha", "lin0"],
+        }.items()
     ),
     ("SVFit MLP 1", "MLP", SvfitConfig, {**SVFIT, "target_modules": "lin0"}),
     ("SVFit MLP 2", "MLP", SvfitConfig, {**SVFIT, "target_modules": ["lin0"]}),
@@ -123,7 +183,11 @@ MIXED_BATCH_CASES = [
         FloraConfig(r=4, target_modules=["lin0"], init_weights=False),
     ),
 ]
-CAPABILITIES = {FloraConfig: {"conv1d": True, "merge": True}, SvfitConfig: {"conv1d": True, "merge": True}}
+CAPABILITIES = {
+    AtlasConfig: {"conv1d": True, "merge": True},
+    FloraConfig: {"conv1d": True, "merge": True},
+    SvfitConfig: {"conv1d": True, "merge": True},
+}
 SKIP = [
     (
         r"test_safe_merge\[(FLoRA|SVFit) Conv2d groups 2",

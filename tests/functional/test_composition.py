@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_subspace.functional import composition
-from peft_subspace.functional.composition import Dense, Groups, LowRank, accumulate, combination, composed, inner_products
+from peft_subspace.functional import composition, groups
+from peft_subspace.functional.composition import Dense, LowRank, accumulate, combination, composed, inner_products
+from peft_subspace.functional.groups import Groups, partition
 
 SHAPES = {"matrix": (6, 10), "vector": (7,), "kernel": (4, 3, 2, 2), "row": (1, 5)}
 
@@ -29,7 +30,7 @@ def groups_for(size: int, kind: str) -> tuple[Groups | None, Tensor]:
     """No groups, or three, and the group of every entry."""
     if kind == "one":
         return None, torch.zeros(size, dtype=torch.long)
-    numbers = composition.partition(size, 3, 0, "x")
+    numbers = partition(size, 3, 0, "x")
     return Groups(3, lambda: numbers), numbers.long()
 
 
@@ -85,7 +86,7 @@ GOLDEN = [5, 5, 8, 6, 3, 9, 7, 1, 7, 5, 0, 4, 7, 8, 0, 5]
 
 def test_the_map_is_the_same_everywhere() -> None:
     """Written down once: a file that was made on another machine depends on these numbers."""
-    assert composition.partition(16, 10, 0, "layer.weight").tolist() == GOLDEN
+    assert partition(16, 10, 0, "layer.weight").tolist() == GOLDEN
     assert _by_hand(16, 10, 0, "layer.weight") == GOLDEN
 
 
@@ -103,14 +104,14 @@ def _by_hand(size: int, parts: int, seed: int, name: str) -> list[int]:
 
 
 def test_a_map_is_even_and_belongs_to_its_block_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = composition.partition(200_000, 7, 3, "a")
+    whole = partition(200_000, 7, 3, "a")
     counts = torch.bincount(whole.long(), minlength=7).double()
     assert float(((counts - counts.mean()) ** 2 / counts.mean()).sum()) < 22.5  # chi squared, 6 degrees, 0.1 %
     for seed, name in ((3, "b"), (4, "a")):
-        same = (composition.partition(200_000, 7, seed, name) == whole).double().mean()
+        same = (partition(200_000, 7, seed, name) == whole).double().mean()
         assert float(same) == pytest.approx(1 / 7, abs=0.01)
-    monkeypatch.setattr(composition, "CHUNK", 1000)
-    assert torch.equal(composition.partition(200_000, 7, 3, "a"), whole)
+    monkeypatch.setattr(groups, "CHUNK", 1000)
+    assert torch.equal(partition(200_000, 7, 3, "a"), whole)
 
 
 # The node ----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""The objectives against their formulas, and what the released code of UFM gets wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peft_subspace.training.objectives import (
+    addition_loss,
+    entropy_loss,
+    negation_loss,
+    sharpen,
+    threshold_at,
+    trusted_set,
+    ufm_loss,
+)
+
+
+def test_addition_and_negation() -> None:
+    tasks = [(torch.randn(4, classes, requires_grad=True), torch.randint(classes, (4,))) for classes in (3, 5)]
+    first, second = (F.cross_entropy(logits, labels) for logits, labels in tasks)
+    torch.testing.assert_close(addition_loss(tasks), first + second)
+    torch.testing.assert_close(negation_loss(target=tasks[0], control=tasks[1]), second - first)
+    with pytest.raises(ValueError, match="at least one task"):
+        addition_loss([])
+
+
+def test_entropy() -> None:
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    p = logits.softmax(-1)
+    torch.testing.assert_close(entropy_loss(logits), -(p * p.log()).sum(-1).mean().float())
+    sure = torch.tensor([[1e4, 0.0, 0.0]], requires_grad=True)
+    entropy_loss(sure).backward()
+    assert torch.isfinite(sure.grad).all()  # type: ignore[arg-type]
+
+
+def test_sharpening_sharpens() -> None:
+    """The released code multiplies by a half and normalises again, which changes nothing."""
+    p = torch.tensor([[0.6, 0.3, 0.1]])
+    torch.testing.assert_close(sharpen(p, 1.0), p)
+    torch.testing.assert_close(sharpen(p, 0.5), p.square() / p.square().sum())
+    assert sharpen(p, 2.0).max() < p.max() < sharpen(p, 0.5).max()
+    assert torch.isfinite(sharpen(torch.tensor([[1.0, 0.0]]), 0.1)).all()
+    with pytest.raises(ValueError, match="must be positive"):
+        sharpen(p, 0.0)
+
+
+def test_only_sure_samples_count_and_the_weak_view_has_no_gradient() -> None:
+    weak = torch.tensor([[9.0, 0.0], [0.1, 0.0], [0.0, 9.0]], requires_grad=True)
+    strong = torch.randn(3, 2, requires_grad=True)
+    loss = ufm_loss(weak, strong, 0.9)
+    q = weak.detach().softmax(-1)
+    expected = F.cross_entropy(strong, q, reduction="none")[[0, 2]].mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert weak.grad is None
+    assert not strong.grad[1].any()  # type: ignore[index]
+
+
+def test_a_batch_without_a_sure_sample_has_a_loss_of_zero() -> None:
+    """And a gradient of zero; the released code divides zero by zero."""
+    strong = torch.randn(3, 2, requires_grad=True)
+    loss = ufm_loss(torch.zeros(3, 2), strong, 0.9)
+    assert loss.item() == 0
+    loss.backward()
+    assert torch.equal(strong.grad, torch.zeros(3, 2))  # type: ignore[arg-type]
+
+
+def test_trusted_samples_count_with_their_labels() -> None:
+    weak, strong = torch.zeros(3, 2), torch.randn(3, 2)
+    trusted, labels = torch.tensor([False, True, False]), torch.tensor([0, 1, 0])
+    torch.testing.assert_close(
+        ufm_loss(weak, strong, 0.9, trusted=trusted, labels=labels), F.cross_entropy(strong[1:2], labels[1:2])
+    )
+    with pytest.raises(ValueError, match="go together"):
+        ufm_loss(weak, strong, 0.9, trusted=trusted)
+    with pytest.raises(ValueError, match="must be equal"):
+        ufm_loss(weak, strong[:2], 0.9)
+
+
+def test_the_trusted_set_is_what_was_chosen_and_no_more() -> None:
+    """The released code marks every sample, so that threshold and weak view have no effect."""
+    probabilities = torch.randn(200, 4).softmax(-1)
+    mask, labels = trusted_set(probabilities)
+    most = 200 // 4 // 10
+    confidence, predicted = probabilities.max(-1)
+    assert torch.equal(labels, predicted)
+    assert 0 < int(mask.sum()) <= 4 * most
+    for label in range(4):
+        mine = predicted == label
+        assert int((mask & mine).sum()) == min(most, int(mine.sum()))
+        assert confidence[mask & mine].min() >= confidence[mine & ~mask].max()
+    assert int(trusted_set(probabilities, most=1)[0].sum()) == 4
+
+
+def test_the_threshold_rises() -> None:
+    assert [threshold_at(share) for share in (-1, 0, 0.5, 1, 2)] == pytest.approx([0.9, 0.9, 0.945, 0.99, 0.99])
