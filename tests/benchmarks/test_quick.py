@@ -70,6 +70,18 @@ def test_official_flora_is_the_same_function_as_ours(tmp_path: Path) -> None:
         torch.testing.assert_close(delta(x, y0, y0), official(x))
 
 
+def test_composition_prints_a_table_with_an_aa_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_quick("composition", tmp_path, "--rounds", "1")
+    assert "full-again" in capsys.readouterr().out
+    rows = report["rows"]
+    assert rows["full"]["bytes_saved"] == rows["full-again"]["bytes_saved"] > rows["base"]["bytes_saved"]
+    # exact: what is kept does not grow with the number of vectors, or with where they are
+    assert rows["atlas-4"]["bytes_saved"] == rows["atlas-16"]["bytes_saved"] == rows["atlas-16-disk"]["bytes_saved"]
+    assert rows["atlas-4"]["bytes_saved"] < rows["functional-4"]["bytes_saved"]
+    for row in rows.values():
+        assert all(ms > 0 for key in ("step_ms", "eval_ms") for ms in row[key])
+
+
 def test_io_prints_a_table_with_an_aa_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run_quick("io", tmp_path)
     assert "lora-again" in capsys.readouterr().out
