@@ -14,6 +14,7 @@ from .adapters import (
 )
 from .base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
 from .export import save_as_lora, to_lora
+from .heat_map import draw_coefficients
 from .hub import write_model_card
 from .registration import check_peft_version, register
 from .spectrum import WeightSpectrum, draw_spectrum, spectrum_table, weight_spectra
@@ -37,6 +38,7 @@ __all__ = [
     "SvfitModel",
     "WeightSpectrum",
     "__version__",
+    "draw_coefficients",
     "draw_spectrum",
     "register",
     "save_as_lora",

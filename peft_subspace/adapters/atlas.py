@@ -9,12 +9,14 @@ official code, `fredzzhang/atlas`; the paper's tables could not be read. What di
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base import Delta, Geometry, SubspaceConfig, SubspaceModel
@@ -24,6 +26,7 @@ from ..functional.composition import LowRank, Vector
 from ..functional.groups import MAX_PARTS, Groups, partition
 from ..registration import register
 from ..task_vectors.pool import DTYPES, reference_text
+from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR
 from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
 
 GRANULARITIES = ("task", "block", "row", "column", "partition")
@@ -99,6 +102,7 @@ class AtlasConfig(SubspaceConfig):
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
+        self.pool = {name: os.fspath(s) if isinstance(s, os.PathLike) else s for name, s in self.pool.items()}
         unknown = [kind for kind in self.block_types if kind not in BLOCK_TYPES]
         if unknown or not self.block_types:
             raise ValueError(f"block_types={self.block_types!r}: accepted are {', '.join(map(repr, BLOCK_TYPES))}.")
@@ -126,7 +130,7 @@ class AtlasConfig(SubspaceConfig):
     @property
     def vector_names(self) -> list[str]:
         """Names of the vectors in the order of the coefficients: the pool's, or that of the file."""
-        if self.provenance is not None:  # a file's JSON keeps the order of a list, not of a table
+        if self.is_from_file and self.provenance is not None:  # a file's JSON keeps the order of a list, not of a table
             return [record["name"] for record in self.provenance["vectors"]]
         return [name for name in self.pool if name not in self.exclude_pool]
 
@@ -351,6 +355,25 @@ class AtlasModel(SubspaceModel):
             for _, layer in self.named_subspace_layers()
             for delta in layer.deltas(adapter_name).values()
         }
+
+    @torch.no_grad()
+    def save_task_vector(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Write sum_t lambda_t tau_t as a task-vector file, for merge recipes, `inspect` and other pools.
+
+        Args:
+            path: ends in `.safetensors`; it appears when it is whole.
+            adapter_name: the adapter.
+        """
+        tensors = {}
+        for _, layer in self.named_subspace_layers():
+            for container, delta in layer.deltas(adapter_name).items():
+                dense = delta.geometry.native(layer.dense_update(container, adapter_name))
+                tensors[delta.block] = dense.float().cpu().contiguous()
+        base = str(self.peft_config[adapter_name].base_model_name_or_path or "")
+        metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": base, "version": "1"}
+        partial = f"{os.fspath(path)}.partial"
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
 
     def coefficient_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer groups: the coefficients with a rate of their own, then whatever else is trained.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.geometry import Geometry, describe, describe_all
+from ..base.geometry import Geometry, describe, describe_all, is_quantized
 from ..base.holders import has_children
 from ..base.targets import base_parameters, exact_targets
 from ..task_vectors.errors import InputError
@@ -88,7 +88,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         config=declared.to_dict() if hasattr(declared, "to_dict") else None,
         strict=config.strict,
     )
-    if config.provenance is None:
+    if config.provenance is None or not config.is_from_file:  # a config may be put on one model after another
         config.provenance = {"vectors": [entry.record for entry in entries]}
     else:
         check_records(config.provenance["vectors"], entries)
@@ -172,12 +172,12 @@ def _check_size(config: Any, opened: OpenedPool) -> None:
 
 def _check_base(config: Any, model: nn.Module, opened: OpenedPool) -> None:
     """Coefficients belong to one base. Up to 64 of its values are kept; in another dtype they may differ by a rounding."""
-    names = sorted(opened.blocks)
-    names = names[:: -(-len(names) // SAMPLES)]
-    parameters = {name: parameter for name, _, _, parameter in base_parameters(model)}
+    parameters = {name: p for name, module, own, p in base_parameters(model) if own != "weight" or not is_quantized(module)}
+    names = sorted(opened.blocks & set(parameters))
+    names = names[:: -(-len(names) // SAMPLES)] if names else []
     if any(parameters[name].is_meta for name in names):
         return
-    found = {name: _sample(parameters[name]) for name in names if parameters[name].is_floating_point()}
+    found = {name: _sample(parameters[name]) for name in names}
     expected = config.provenance.get("base")
     if expected is None:
         config.provenance["base"] = {"values": {n: v for n, (v, _) in found.items()}, "dtypes": _dtypes(found)}

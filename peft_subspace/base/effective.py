@@ -23,7 +23,7 @@ SMALL = 2**16  # values of a tensor that are compared, where its version says th
 class _Kept:
     weight: Tensor
     made_of: tuple[Any, ...]
-    values: list[Tensor | None]
+    values: list[Tensor]
 
 
 class EffectiveWeights:
@@ -58,7 +58,8 @@ class EffectiveWeights:
         made_of = (tuple(names), *((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors))
         kept = self._kept.get(container)
         if kept is None or kept.made_of != made_of or not _same_values(tensors[1:], kept.values):
-            values = [tensor.detach().clone() if _is_compared(tensor) else None for tensor in tensors[1:]]
+            # what is not compared is held, so that its address cannot become that of another tensor
+            values = [tensor.detach().clone() if _is_compared(tensor) else tensor.detach() for tensor in tensors[1:]]
             kept = self._kept[container] = _Kept(compose(layer, container, names), made_of, values)
         return kept.weight
 
@@ -84,9 +85,8 @@ def _is_compared(tensor: Tensor) -> bool:
     return tensor.numel() <= SMALL and (tensor.device.type == "cpu" or tensor.requires_grad)
 
 
-def _same_values(tensors: Sequence[Tensor], values: Sequence[Tensor | None]) -> bool:
-    pairs = zip(tensors, values, strict=True)
-    return all(not _is_compared(tensor) or (kept is not None and torch.equal(tensor, kept)) for tensor, kept in pairs)
+def _same_values(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    return all(not _is_compared(now) or torch.equal(now, kept) for now, kept in zip(tensors, values, strict=True))
 
 
 def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tensor:

@@ -42,12 +42,7 @@ def adapter_names_passed_on(tuner: nn.Module, adapter_names: list[str] | None, n
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded: {', '.join(sorted(known))}."
         )
-    held = [layer.parameter_name for layer in layers if getattr(layer, "is_holder", False)]
-    if held:
-        raise ValueError(
-            f"`adapter_names` does not work with target_parameters ({', '.join(held)}): one value serves the whole batch. Run "
-            f"each adapter's samples by themselves with `set_adapter`."
-        )
+    _refuse_held(layers)
     encoder = None
     if isinstance(num_beams, int) and num_beams > 1:
         encoder = getattr(tuner.model, "get_encoder", lambda: None)()
@@ -64,6 +59,15 @@ def adapter_names_passed_on(tuner: nn.Module, adapter_names: list[str] | None, n
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _refuse_held(layers: list[Any]) -> None:
+    held = [layer.parameter_name for layer in layers if getattr(layer, "is_holder", False)]
+    if held:
+        raise ValueError(
+            f"`adapter_names` does not work with target_parameters ({', '.join(held)}): one value serves the whole batch. Run "
+            f"each adapter's samples by themselves with `set_adapter`."
+        )
 
 
 def _add_argument(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:

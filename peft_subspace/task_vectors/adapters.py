@@ -71,6 +71,11 @@ def read_adapter(checkpoint: Checkpoint, model_type: str | None = None) -> Adapt
             f"{checkpoint.name}: is a SVFIT adapter. Turn it into LoRA first, which is exact: "
             f"`peft-subspace export {checkpoint.name} FOLDER`, and give that folder instead."
         )
+    if kind == "ATLAS":  # coefficients of other vectors, which are not in its file
+        raise InputError(
+            f"{checkpoint.name}: is an ATLAS adapter. Write what it composes as a task-vector file, and give that instead: "
+            f"load it with PEFT, then `model.base_model.save_task_vector('learned.safetensors')`."
+        )
     raise InputError(
         f"{checkpoint.name}: is a {kind} adapter. Accepted: LORA, FLORA. Merge it into its model first "
         f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."

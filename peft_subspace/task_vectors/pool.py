@@ -7,7 +7,8 @@ import math
 import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .errors import InputError
 from .models import open_source, without_base
 from .provenance import digest, identity, record_of
 from .reading import GivenReader, Reader
-from .references import Reference
+from .references import HUB_ID, Reference
 from .renaming import names_in_memory
 from .sources import shortened
 from .task_vector import TaskVector
@@ -237,6 +238,8 @@ def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:
 
 
 def reference_text(source: Any) -> str:
-    """A pool's source as a text, for cards."""
+    """A pool's source as a text for cards: Hub ids as they are, of a local path its last part."""
     given = {key: value for key, value in source.items() if key != "base"} if isinstance(source, dict) else source
-    return str(Reference.parse(given))
+    reference = Reference.parse(given)
+    local = {name: name if HUB_ID.fullmatch(name) else Path(name).name for name in (reference.model, reference.lora) if name}
+    return str(replace(reference, model=local[reference.model], lora=local.get(reference.lora or "")))

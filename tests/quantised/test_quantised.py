@@ -9,8 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft_subspace import FloraConfig, SvfitConfig
+from peft_subspace import AtlasConfig, FloraConfig, SvfitConfig
 from peft_subspace.functional import svd
+from tests.pools import folder as pools_folder
+from tests.pools import write_vector
 
 pytestmark = pytest.mark.filterwarnings("default")  # these libraries warn on import and at every call
 
@@ -47,11 +49,26 @@ KINDS = ["bnb4", "bnb8", "torchao"]
 LOSS = {"bnb4": 0.25, "bnb8": 0.05, "torchao": 0.05}
 
 
+def lora_pool(count=6):
+    """Task vectors of low rank for the layers that are adapted: dense ones are refused on a quantised weight."""
+    generator, shapes = torch.Generator().manual_seed(0), {"self_attn.q_proj": 64, "self_attn.v_proj": 64, "mlp.down_proj": 128}
+    pool = {}
+    for t in range(count):
+        tensors = {}
+        for name in (f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in shapes):
+            columns = shapes[".".join(name.split(".")[3:5])]
+            tensors[f"{name}::A"] = 0.3 * torch.randn(4, columns, generator=generator)
+            tensors[f"{name}::B"] = 0.3 * torch.randn(64, 4, generator=generator)
+        pool[f"v{t}"] = write_vector(pools_folder() / f"quantised-{t}.safetensors", tensors)
+    return pool
+
+
 CONFIGS = {
+    "atlas": AtlasConfig(pool=lora_pool(), target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
     "flora": FloraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
     "svfit": SvfitConfig(r="full", target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
 }
-RATES = {"flora": 2e-2, "svfit": 0.1}
+RATES = {"atlas": 0.1, "flora": 2e-2, "svfit": 0.1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,3 +149,12 @@ def test_gradient_initialisation_is_refused_by_name(folder, kind):
     with pytest.raises(ValueError, match=r"q_proj is quantised and has no gradient"):
         model.initialize_from_gradients([{"input_ids": ids, "labels": ids}])
     copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_task_vectors_are_refused_by_name(folder, kind):
+    path = write_vector(pools_folder() / "dense.safetensors", {"model.layers.0.self_attn.q_proj.weight": torch.ones(64, 64)})
+    model = load(folder, kind)
+    with pytest.raises(ValueError, match=r"q_proj: the weight is quantised.*Use LoRA adapters"):
+        get_peft_model(model, AtlasConfig(pool={"dense": path}))
+    assert not hasattr(model, "peft_config")
