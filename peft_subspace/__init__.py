@@ -1,7 +1,17 @@
 """Subspace methods for Hugging Face PEFT. Importing the package registers its PEFT types."""
 
 from ._version import __version__
-from .adapters import FloraConfig, FloraDelta, FloraModel, SvfitConfig, SvfitDelta, SvfitModel
+from .adapters import (
+    FloraConfig,
+    FloraDelta,
+    FloraModel,
+    PelaConfig,
+    PelaDelta,
+    PelaModel,
+    SvfitConfig,
+    SvfitDelta,
+    SvfitModel,
+)
 from .base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
 from .export import save_as_lora, to_lora
 from .hub import write_model_card
@@ -16,6 +26,9 @@ __all__ = [
     "FloraDelta",
     "FloraModel",
     "Geometry",
+    "PelaConfig",
+    "PelaDelta",
+    "PelaModel",
     "SubspaceConfig",
     "SubspaceLayer",
     "SubspaceModel",

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from peft_subspace import FloraConfig, SubspaceConfig, SvfitConfig
+from peft_subspace import FloraConfig, PelaConfig, SubspaceConfig, SvfitConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class Method:
     other: dict[str, Any]  # of a second adapter, unlike the first
     patterns: dict[str, Any] = field(default_factory=dict)  # a value for every pattern field of the config
     lora_rank: int = 2  # the LoRA of the same rank, which may keep as many bytes for backward
+    leaves: frozenset[str] = frozenset()  # of tests.pico.LAYERS, those that the method refuses
+
+    @property
+    def replaces_base(self) -> bool:
+        """Whether an adapter stands in for the layer, so that it does not start as the base and there can be one only."""
+        return bool(PEFT_TYPE_TO_TUNER_MAPPING[self.config.method].delta_cls.replaces_base)
 
     def make(self, **fields: Any) -> Any:
         """The config of "default", with other fields."""
@@ -34,6 +41,15 @@ METHODS = {
         {"r": 3, "save_basis": False, "scale": "relative"},
         {"rank_pattern": 3},
         lora_rank=16,
+    ),
+    "PELA": Method(
+        PelaConfig,
+        {"r": 2},
+        {"r": 3},
+        {"rank_pattern": 3},
+        leaves=frozenset(  # their blocks are too small for two factors
+            ("conv, depthwise", "conv, depthwise, wider", "conv, pointwise, groups", "transposed, depthwise")
+        ),
     ),
 }
 

@@ -1,6 +1,17 @@
 """One file per method: its config and its Delta. Importing a file registers the method with PEFT."""
 
 from .flora import FloraConfig, FloraDelta, FloraModel
+from .pela import PelaConfig, PelaDelta, PelaModel
 from .svfit import SvfitConfig, SvfitDelta, SvfitModel
 
-__all__ = ["FloraConfig", "FloraDelta", "FloraModel", "SvfitConfig", "SvfitDelta", "SvfitModel"]
+__all__ = [
+    "FloraConfig",
+    "FloraDelta",
+    "FloraModel",
+    "PelaConfig",
+    "PelaDelta",
+    "PelaModel",
+    "SvfitConfig",
+    "SvfitDelta",
+    "SvfitModel",
+]
