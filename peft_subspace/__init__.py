@@ -13,6 +13,7 @@ from .adapters import (
     SvfitModel,
 )
 from .base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
+from .compression import CompressionReport, compression_report, export_compressed, load_official
 from .export import save_as_lora, to_lora
 from .hub import write_model_card
 from .registration import check_peft_version, register
@@ -21,6 +22,7 @@ from .spectrum import WeightSpectrum, draw_spectrum, spectrum_table, weight_spec
 check_peft_version()
 
 __all__ = [
+    "CompressionReport",
     "Delta",
     "FloraConfig",
     "FloraDelta",
@@ -37,7 +39,10 @@ __all__ = [
     "SvfitModel",
     "WeightSpectrum",
     "__version__",
+    "compression_report",
     "draw_spectrum",
+    "export_compressed",
+    "load_official",
     "register",
     "save_as_lora",
     "spectrum_table",
