@@ -5,8 +5,8 @@
 
 MiniLM on texts and a ViT-S/14 at 28 pixels on images, every linear layer of the encoder compressed. An intermediate stage of
 `HEAL` epochs, then one epoch of fine-tuning on the task, both on the same rows; factors, biases, norms and a new head train.
-The dense model is fine-tuned for as many epochs in all. "svd only" has no intermediate stage. Rates were chosen among `RATES` on
-held-out rows of one task of each kind, at c = 2. Runs are written one by one, so an interrupted benchmark goes on.
+The dense model is fine-tuned for as many epochs in all. "svd only" has no intermediate stage. Rates were chosen among `RATES`
+on held-out rows of one task of each kind, at c = 2. Runs are written one by one, so an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -245,9 +245,10 @@ def main() -> None:
     runs = Runs(options.out / "pela-runs.jsonl")
     if not options.report:
         rates = {kind: runs.rate(kind) for kind in options.kinds}
-        for seed in options.seeds:
-            for kind in options.kinds:
-                for task in TASKS[kind]:
+        for place in range(max(len(TASKS[kind]) for kind in options.kinds)):
+            for seed in options.seeds:
+                for kind in options.kinds:
+                    task = TASKS[kind][place]
                     for variant, ratio in wanted():
                         rate = DENSE_RATE[kind] if variant == "dense" else rates[kind]
                         runs.get(task, variant, ratio, rate, seed, False)

@@ -53,8 +53,8 @@ class PelaConfig(SubspaceConfig):
         svd_niter: power iterations of "lowrank".
         seed: of "lowrank".
         svd_device: where to decompose; "auto" is where the weight lies.
-        activation_weighted: the initial factors are those that do best on the inputs that the layers get. Call
-            `model.calibrate(batches)` once; until then they are the truncated SVD.
+        activation_weighted: the initial factors are those that do best on the inputs that the layers get. That takes data:
+            call `model.calibrate(batches)` once, which sets this field; until then they are the truncated SVD.
         train_bias: train the biases of compressed layers too (a shift, so that the base keeps its own).
         train_norms: train a copy of every normalisation layer, as the paper does; they are added to `modules_to_save`.
         dropout: probability of dropping an element of a layer's input, in training.
@@ -148,7 +148,7 @@ def layer_ranks(geometry: Geometry, config: Any) -> tuple[int, ...] | None:
             wanted *= 2
         roofs = (min(block.rows, block.columns),) if block.is_matrix else (block.rows, block.columns)
         found = tuple(min(k, roof) for k, roof in zip(wanted, roofs, strict=True))
-        return found if block.saves(found) else None
+        return ranks.rounded(block, found, config.multiple_of)
     if geometry.kind == "linear" and geometry.out_features < config.min_features:
         return None
     return ranks.rounded(block, ranks.ratio_ranks(block, config.compression or 1.0), config.multiple_of)
@@ -209,10 +209,14 @@ class PelaDelta(Delta):
     def factor(self, weight: Tensor, moments: Moments | None = None) -> None:
         """Set the factors to the best ones for a weight (canonical layout), for inputs with the given moments.
 
-        With a bias, b is shifted by (W - R L) E[x], so that the mean output stays (a kernel's positions count as inside).
+        With a bias, b is shifted by (W - R L) E[x], which is the best shift for any R L, and leaves the covariance of x as what
+        the factors have to serve. (A kernel's positions all count as inside the image.)
         """
-        second = None if moments is None else moments.second
         stack = self.up.shape[:-2]
+        second = None if moments is None else moments.second
+        if moments is not None and moments.mean is not None and self.bias is not None:
+            mean = moments.mean.reshape(*stack, self.block.columns)
+            second = moments.second - mean[..., :, None] * mean[..., None, :]
         blocks = weight.reshape(*stack, self.block.rows, self.block.columns, *self.geometry.kernel)
         if self.block.is_matrix:
             up, down = factorize.two_factors(blocks.flatten(len(stack) + 1), self.ranks[0], second, **self.config.svd_options)
@@ -229,8 +233,8 @@ class PelaDelta(Delta):
             self.bias.zero_()
             if moments is not None and moments.mean is not None:
                 lost = (weight.to(up.dtype) - self.product()).reshape(*weight.shape[:2], -1).sum(-1)  # [out, in / groups]
-                mean = moments.mean.to(up.dtype).reshape(*stack, 1, self.block.columns)
-                self.bias.copy_((lost.reshape(*stack, self.block.rows, self.block.columns) * mean).sum(-1).flatten())
+                lost = lost.reshape(*stack, self.block.rows, self.block.columns)
+                self.bias.copy_((lost @ mean.to(up.dtype)[..., None]).flatten())
 
     # The layer -----------------------------------------------------------------------------------------------------------
 
@@ -278,11 +282,8 @@ class PelaDelta(Delta):
         """R L, or the kernel made of three factors, canonical layout, at least float32."""
         down = self.down.mT if self.geometry.kind == "embedding" else self.down
         up, down = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (self.up, down))
-        if self.core is None:
-            return (up @ down).reshape(self.geometry.shape)
-        core = self.core.to(up.dtype).flatten(-len(self.geometry.kernel))  # [*, k_out, k_in, K]
-        inner = torch.einsum("...abk,...bi->...aik", core, down)
-        return torch.einsum("...oa,...aik->...oik", up, inner).reshape(self.geometry.shape)
+        core = None if self.core is None else self.core.to(up.dtype)
+        return factorize.compose(up, core, down, len(self.geometry.kernel)).reshape(self.geometry.shape)
 
     def delta_weight(self, weight: Weight) -> Tensor:
         """R L - W: what the layer's weight changes by."""
@@ -324,8 +325,14 @@ class PelaModel(SubspaceModel):
 
     def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
         """Decide the ranks that need the weights, and take what stays dense out of the targets."""
-        if not (config.is_from_file or config.inference_mode):
+        if not config.is_from_file:
+            for key in vars(config).pop("decided_ranks", ()):  # by another model's weights
+                config.rank_pattern.pop(key, None)
+            known = set(config.rank_pattern)
             self._choose_ranks(config, model, targets)
+            config.decided_ranks = set(config.rank_pattern) - known  # not a field
+            if config.activation_weighted:
+                warnings.warn("activation_weighted=True is in force after `model.calibrate(batches)` only.", stacklevel=2)
         dense = [
             name
             for name, weights in targets.items()
@@ -350,7 +357,8 @@ class PelaModel(SubspaceModel):
             stacklevel=2,
         )
         for name in dense:
-            del targets[name]
+            for key in (name, *(f"{name}.{weight}" for weight in targets.pop(name))):
+                config.rank_pattern.pop(key, None)
         parameters = {name for name, weights in targets.items() for w in weights if name.endswith(f".{w}") and w != "weight"}
         config.target_parameters = sorted(parameters) or None
         config.target_modules = exact_targets(set(targets) - parameters, model)
@@ -385,7 +393,7 @@ class PelaModel(SubspaceModel):
     ) -> None:
         """Make the factors anew, best for the inputs that the layers of the base model get; biases take up the mean error.
 
-            min_{rank k} E ||W x - R L x||^2,      b <- b + (W - R L) E[x]
+            min E ||W x + b - (R L x + b')||^2  over R L of rank k and, where the layer has a bias, b'
 
         Layers that read their weights by themselves (MultiheadAttention, experts) keep their factors. Ranks stay. The inputs
         are those of the original model, not of one whose earlier layers are compressed already.
@@ -431,16 +439,20 @@ def _energy_ranks(tensor: Tensor, geometry: Geometry, config: Any) -> list[int] 
 
 
 def _share_out(spectra: dict[str, Tensor], geometries: dict[str, Geometry], config: Any) -> dict[str, int]:
-    """Ranks out of one budget, total / compression, rounded down."""
+    """Ranks out of one budget, total / compression, in steps of `multiple_of`."""
     blocks = {name: block_of(geometry)[1] for name, geometry in geometries.items()}
     copies = {name: math.prod(block_of(geometry)[0]) for name, geometry in geometries.items()}
     total = sum(copies[name] * block.dense for name, block in blocks.items())
-    shared = ranks.water_filling(spectra, blocks, copies, int(total / config.compression))
-    found = {}
-    for name, chosen in shared.items():
-        kept = None if chosen is None else ranks.rounded(blocks[name], chosen, config.multiple_of)
-        found[name] = min(blocks[name].rows, blocks[name].columns) if kept is None else kept[0]  # full: it stays dense
-    return found
+    shared = ranks.water_filling(spectra, blocks, copies, int(total / config.compression), config.multiple_of)
+    used = sum(copies[n] * (blocks[n].dense if k is None else blocks[n].size(k)) for n, k in shared.items())
+    if used * config.compression > total * 1.001:
+        warnings.warn(
+            f"The smallest ranks (multiple_of={config.multiple_of}) compress these layers {total / used:.2f} times, not "
+            f"{config.compression} times.",
+            stacklevel=2,
+        )
+    full = {name: min(block.rows, block.columns) for name, block in blocks.items()}  # which stays dense
+    return {name: full[name] if chosen is None else chosen[0] for name, chosen in shared.items()}
 
 
 register(PelaConfig, PelaModel)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .geometry import Geometry
+from .teacher import as_teacher
 
 if TYPE_CHECKING:
     from .layer import SubspaceLayer
@@ -101,7 +102,6 @@ class _Sums:
         return Moments(self.second / self.count, None if self.geometry.kind == "embedding" else self.first / self.count)
 
 
-@torch.no_grad()
 def _gather(tuner: Any, layers: list[SubspaceLayer], batches: list[Any], forward: Any) -> list[Moments | None]:
     sums = [_Sums(_geometry(layer)) for layer in layers]
     mask: list[Tensor | None] = [None]
@@ -109,21 +109,16 @@ def _gather(tuner: Any, layers: list[SubspaceLayer], batches: list[Any], forward
     def watch(total: _Sums) -> Any:
         return lambda module, args, kwargs: total.add(args[0] if args else next(iter(kwargs.values())), mask[0])
 
-    modes = {module: module.training for module in tuner.model.modules()}
     handles = [
         layer.register_forward_pre_hook(watch(total), with_kwargs=True) for layer, total in zip(layers, sums, strict=True)
     ]
-    tuner.disable_adapter_layers()
-    tuner.model.eval()
     try:
-        for batch in batches:
-            given = batch.get("attention_mask") if hasattr(batch, "get") else None
-            mask[0] = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
-            tuner.model(**batch) if forward is None else forward(tuner.model, batch)
+        with as_teacher(tuner.model):
+            for batch in batches:
+                given = batch.get("attention_mask") if hasattr(batch, "get") else None
+                mask[0] = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
+                tuner.model(**batch) if forward is None else forward(tuner.model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-        tuner.enable_adapter_layers()
     return [total.moments() for total in sums]

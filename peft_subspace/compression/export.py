@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..base import SubspaceLayer
 from .modules import LowRank, fill, low_rank_module, ranks_in, replace_layers
-from .transformers_format import LowRankFormat, LowRankLoader, mark
+from .transformers_format import LowRankFormat, LowRankLoader, mark, untie
 
 
 def export_compressed(model: Any, adapter_name: str | None = None) -> nn.Module:
@@ -35,27 +36,38 @@ def export_compressed(model: Any, adapter_name: str | None = None) -> nn.Module:
 
     Cost: the memory of the factors; a layer's original weight is released before the next one is replaced.
     """
-    tuner = getattr(model, "base_model", model)
-    name = adapter_name or next(iter(getattr(tuner, "active_adapters", [])), "")
-    if name not in getattr(model, "peft_config", {}):
-        raise ValueError(f"There is no adapter {name!r}. Loaded: {sorted(getattr(model, 'peft_config', {}))}.")
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{type(model).__name__} is no PeftModel. Put the adapter on with `get_peft_model`, or load it so.")
+    tuner: Any = model.base_model
+    name = adapter_name or next(iter(tuner.active_adapters), "")
+    if name not in model.peft_config:
+        raise ValueError(f"There is no adapter {name!r}. Loaded: {sorted(model.peft_config)}.")
     if not tuner.delta_cls.replaces_base:
         raise ValueError(f"The adapter {name!r} adds to its base and needs it. Use `merge_and_unload` instead.")
+    config = getattr(tuner.model, "config", None)
+    tied = getattr(tuner.model, "all_tied_weights_keys", None) or {}
     layers = {key: layer for key, layer in tuner.model.named_modules() if isinstance(layer, SubspaceLayer)}
     merged = [key for key, layer in layers.items() if layer.merged_adapters]
     if merged:
         raise ValueError(f"Adapters are merged into {merged[:3]}. Call `unmerge_adapter` first.")
+    sharing = [key for key in layers if any(f"{key}.weight" in pair for pair in tied.items())]
+    if sharing and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{sharing[0]} is tied to other embeddings of this encoder-decoder, which would have to be compressed together. "
+            f"Leave the embeddings out (exclude_modules)."
+        )
     quantised = [key for key, layer in layers.items() if layer.quantization_backend is not None]
     if quantised:
         raise ValueError(
-            f"The base is quantised ({quantised[0]}), and a compressed model of both kinds cannot be saved. Save the adapter, load "
-            f"the base unquantised, and load the adapter there: its file has all factors."
+            f"The base is quantised ({quantised[0]}), and a compressed model of both kinds cannot be saved. Save the adapter, "
+            f"load the base unquantised, and load the adapter there: its file has all factors."
         )
     model.set_adapter(name)
     ranks = {key: found for key, layer in layers.items() if (found := _replace(tuner.model, key, layer, name)) is not None}
     plain: Any = model.merge_and_unload()
+    plain.requires_grad_(True)  # as after `from_pretrained`
     if isinstance(plain, PreTrainedModel):
-        _untie(plain, ranks)
+        untie(plain, ranks)
         mark(plain, LowRankLoader(LowRankFormat(ranks)))
     return plain
 
@@ -71,15 +83,6 @@ def _replace(model: nn.Module, key: str, layer: Any, adapter: str) -> list[int] 
     parent, _, child = key.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
     return list(delta.ranks)
-
-
-def _untie(model: Any, ranks: Mapping[str, Any]) -> None:
-    """A weight that is tied to a compressed one stays dense, and its own."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    broken = {a: b for a, b in tied.items() if any(f"{name}.weight" in (a, b) for name in ranks)}
-    if broken:
-        model.all_tied_weights_keys = {a: b for a, b in tied.items() if a not in broken}
-        model.config.tie_word_embeddings = False
 
 
 def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -106,7 +109,7 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modu
     except RuntimeError as error:
         raise ValueError(f"The checkpoint does not fit {type(model).__name__}: {error}") from error
     if isinstance(model, PreTrainedModel):
-        _untie(model, ranks)
+        untie(model, ranks)
         mark(model, LowRankLoader(LowRankFormat(ranks)))
     return model
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..base import Geometry
 from ..base.geometry import describe
+from ..functional.factorize import compose
 
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -23,19 +24,26 @@ _CONV_TRANSPOSE: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d,
 class LowRank(nn.Sequential):
     """Two or three layers in the place of one, with the sizes that other code asks the layer for."""
 
-    def __init__(self, *layers: nn.Module, in_features: int, out_features: int) -> None:
+    def __init__(self, *layers: nn.Module, geometry: Geometry) -> None:
         super().__init__(*layers)
-        self.in_features, self.out_features = in_features, out_features
+        self.geometry = geometry
+        self.in_features, self.out_features = geometry.in_features, geometry.out_features
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight R L, made at every access, for code that looks at its dtype or values. Not for convolutions."""
-        first, last = self[0], self[-1]
-        if isinstance(first, nn.Embedding):
-            return first.weight @ last.weight.t()  # type: ignore[operator]
-        if len(self) == 2 and isinstance(first, nn.Linear):
-            return last.weight @ first.weight  # type: ignore[operator]
-        raise AttributeError("weight")
+        """The dense weight, made at every access, for code that looks at its dtype or its values."""
+        first, last = (self[i].weight for i in (0, -1))
+        if self.geometry.kind == "embedding":
+            return first @ last.t()  # type: ignore[operator]
+        if self.geometry.kind == "linear":
+            return last @ first  # type: ignore[operator]
+        stack = (self.geometry.groups,) if self.geometry.groups > 1 else ()
+        core, wide = (self[1].weight, last) if len(self) > 2 else (None, self.geometry.native(last))  # type: ignore[arg-type]
+        up, down = (factor.flatten(1).unflatten(0, (*stack, -1)) for factor in (wide, first))  # type: ignore[operator]
+        if core is not None:
+            core = self.geometry.native(core)  # type: ignore[arg-type]
+            core = core.unflatten(0, (*stack, -1)) if stack else core
+        return self.geometry.native(compose(up, core, down, len(self.geometry.kernel)).reshape(self.geometry.shape))
 
     @property
     def bias(self) -> Tensor | None:
@@ -80,7 +88,7 @@ def low_rank_module(layer: Any, ranks: Sequence[int]) -> LowRank:
         layers = [nn.Linear(wide, ranks[0], bias=False, **options), nn.Linear(ranks[0], out, bias=geometry.bias, **options)]
     else:
         layers = _convolutions(layer, geometry, ranks, options)
-    return LowRank(*layers, in_features=geometry.in_features, out_features=geometry.out_features)
+    return LowRank(*layers, geometry=geometry)
 
 
 def _float_dtype(layer: Any) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base import SubspaceLayer
-from ..training.distillation import as_teacher
+from ..base.teacher import as_teacher
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +52,7 @@ class Cost:
 
     Attributes:
         parameters: numbers in all.
-        bytes: of the weights' file, without its header.
+        bytes: of the parameters (a file also has its header, and statistics of BatchNorm layers).
         flops: of one forward of the batch; None without a batch.
         samples_per_second, tokens_per_second: measured; tokens are the entries of `input_ids`, None if there are none.
         peak_bytes: weights plus the most that a forward held beside them (on a GPU what the allocator saw).
@@ -136,23 +136,23 @@ def compression_report(
         ValueError: no such adapter, or one that does not replace its base.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers, replaced = [], 0
+    layers, gone = [], set()
     for name, layer in base.named_modules():
         if isinstance(layer, SubspaceLayer) and layer.has_adapter(adapter_name):
             if not layer.delta_cls.replaces_base:
                 raise ValueError(f"The adapter {adapter_name!r} adds to its base and compresses nothing.")
             found = [_layer(name, layer, container, delta) for container, delta in layer.deltas(adapter_name).items()]
             layers += found
-            replaced += sum(one.before - one.after for one in found if not one.is_dense)
+            gone |= {f"{name}.base_layer.weight" for one in found if not one.is_dense}
     if not layers:
         raise ValueError(f"There is no adapter {adapter_name!r} that compresses a layer.")
-    parameters, size = _size(base)
-    width = size / parameters
-    before, after = Cost(parameters, size), Cost(parameters - replaced, int(size - replaced * width))
+    before, kept = _size(base, set()), _size(base, gone)
+    factors = [(one.after, before.bytes // before.parameters) for one in layers if not one.is_dense]
+    after = Cost(kept.parameters + sum(n for n, _ in factors), kept.bytes + sum(n * width for n, width in factors))
     if batch is not None:
         before, after = _measured(model, batch, before, after, rounds)
     known = {one.name for one in layers}
-    dense = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)) and "." in name]
+    dense = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
     copies = ("modules_to_save", "original_module")
     dense = [name for name in dense if not any(name.startswith(f"{key}.") or name == key for key in known)]
     return CompressionReport(layers, before, after, [name for name in dense if not any(part in name for part in copies)])
@@ -180,20 +180,21 @@ def delta_name(layer: Any, container: str, delta: Any) -> str:
     return next(name for name, other in getattr(layer, container).items() if other is delta)
 
 
-def _size(base: nn.Module) -> tuple[int, int]:
-    """Numbers and bytes of the original model: everything but what adapters added."""
+def _size(base: nn.Module, gone: set[str]) -> Cost:
+    """The original model without some of its parameters; one that another module shares stays."""
     added: set[int] = set()
     for module in base.modules():
         if isinstance(module, SubspaceLayer):
             added |= {id(p) for container in module.geometries for p in getattr(module, container).parameters()}
         elif isinstance(module, AuxiliaryTrainingWrapper):
             added |= {id(p) for p in module.modules_to_save.parameters()} if hasattr(module, "modules_to_save") else set()
-    own = {id(p): p for p in base.parameters() if id(p) not in added}
-    return sum(p.numel() for p in own.values()), sum(p.numel() * p.element_size() for p in own.values())
+    named = base.named_parameters(remove_duplicate=False)
+    own = {id(p): p for name, p in named if id(p) not in added and name not in gone}
+    return Cost(sum(p.numel() for p in own.values()), sum(p.numel() * p.element_size() for p in own.values()))
 
 
 def _measured(model: Any, batch: Mapping[str, Any], before: Cost, after: Cost, rounds: int) -> tuple[Cost, Cost]:
-    was_training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     modes: list[tuple[Cost, Any]] = [(before, lambda: as_teacher(model)), (after, nullcontext)]
     times: list[list[float]] = [[], []]
@@ -214,7 +215,8 @@ def _measured(model: Any, batch: Mapping[str, Any], before: Cost, after: Cost, r
         median = statistics.median(seconds)
         tokens = None if ids is None else ids.numel() / median
         found.append(Cost(cost.parameters, cost.bytes, counter.get_total_flops(), samples / median, tokens, cost.bytes + peak))
-    model.train(was_training)
+    for module, mode in training.items():
+        module.training = mode
     return found[0], found[1]
 
 

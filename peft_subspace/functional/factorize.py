@@ -109,3 +109,21 @@ def tucker2(weight: Tensor, ranks: tuple[int, ...], moment: Tensor | None = None
     thin = thin if back is None else back @ thin
     scale = float(core.norm()) ** (1 / 3) or 1.0
     return (up * scale).to(dtype), (core / scale**2).to(dtype), (thin.mT * scale).to(dtype)
+
+
+def compose(up: Tensor, core: Tensor | None, down: Tensor, kernel: int = 0) -> Tensor:
+    """The dense weight of factors: R L, or the kernel C x_out R x_in L^T.
+
+    Args:
+        up: R `[*, out, k_out]`.
+        core: C `[*, k_out, k_in, *kernel]`, or None.
+        down: L `[*, k_in, in]`.
+        kernel: number of the kernel's modes.
+
+    Returns:
+        `[*, out, in]`, or `[*, out, in, prod(kernel)]` with a core.
+    """
+    if core is None:
+        return up @ down
+    flat = core.flatten(-kernel)
+    return torch.einsum("...oa,...aik->...oik", up, torch.einsum("...abk,...bi->...aik", flat, down))

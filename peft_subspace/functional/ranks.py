@@ -83,45 +83,49 @@ def rounded(block: Block, ranks: tuple[int, ...], multiple: int, up: bool = Fals
     return tuple(found) if block.saves(tuple(found)) else None
 
 
-def water_filling(spectra: Mapping[str, Tensor], blocks: Mapping[str, Block], copies: Mapping[str, int], budget: int) -> dict:
+def water_filling(
+    spectra: Mapping[str, Tensor], blocks: Mapping[str, Block], copies: Mapping[str, int], budget: int, multiple: int = 1
+) -> dict[str, tuple[int, ...] | None]:
     """Ranks of matrices that keep the most squared norm within a common number of parameters.
 
         max sum_l sum_{i <= k_l} s_{l,i}^2      subject to      sum_l k_l (out_l + in_l) <= budget
 
-    Every direction has a price, out + in, and a worth, s^2; the best worth for the price is bought first. Values fall, so a
-    direction is never bought before the larger ones of its weight. A weight that reaches its break-even is bought whole and
-    then stays dense.
+    Directions are bought in groups of `multiple`. A group has a price, multiple (out + in), and a worth, its sum of s^2; the
+    best worth for the price is bought first. Values fall, so none is bought before the larger ones of its weight. A weight
+    keeps one group at least, even beyond the budget; one without a rank that saves anything stays dense, and so does one
+    whose break-even is reached while the budget lasts.
 
     Args:
         spectra: name -> singular values `[*, min(out, in)]`, descending; a stack counts with its summed squares.
         blocks: name -> its matrix.
         copies: name -> how many matrices the stack has.
         budget: parameters in all.
+        multiple: of which ranks are multiples.
 
     Returns:
-        name -> `(k,)` with k >= 1, or None for one that stays dense.
+        name -> `(k,)`, or None for one that stays dense.
 
     Cost: one sort of all values.
     """
-    worth, price, owner, order = [], [], [], []
+    names, offers, left = list(spectra), [], budget
+    most = {name: most_saving(blocks[name])[0] // multiple if blocks[name].saves((1,)) else 0 for name in names}
     for index, (name, values) in enumerate(spectra.items()):
-        block = blocks[name]
-        squares = values.double().square().reshape(-1, values.shape[-1]).sum(0)
-        (limit,) = most_saving(block)
-        cost = copies[name] * (block.rows + block.columns)
-        squares = squares[: limit + 1]
-        worth.append(squares / cost)
-        price.append(torch.full((len(squares),), cost))
-        owner.append(torch.full((len(squares),), index))
-        order.append(torch.arange(len(squares)))
-    ranking = torch.cat(worth).argsort(descending=True, stable=True)
-    prices, owners, positions = torch.cat(price)[ranking], torch.cat(owner)[ranking], torch.cat(order)[ranking]
-    names = list(spectra)
-    bought = dict.fromkeys(names, 1)
-    left = budget - sum(copies[name] * (blocks[name].rows + blocks[name].columns) for name in names)
-    for cost, index, position in zip(prices.tolist(), owners.tolist(), positions.tolist(), strict=True):
-        name = names[index]
-        if position and cost <= left and bought[name] == position:
-            bought[name] += 1
-            left -= cost
-    return {name: (rank,) if blocks[name].saves((rank,)) else None for name, rank in bought.items()}
+        block, groups = blocks[name], most[name]
+        price = copies[name] * multiple * (block.rows + block.columns)
+        left -= price if groups else copies[name] * block.dense
+        if groups:
+            squares = values.double().square().reshape(-1, values.shape[-1]).sum(0)
+            squares = torch.nn.functional.pad(squares, (0, (groups + 1) * multiple))[: (groups + 1) * multiple]
+            worth = squares.reshape(-1, multiple).sum(1).tolist()
+            dense = copies[name] * block.dense - groups * price  # the last step: from the largest rank to the whole weight
+            offers += [(w / price, price, index) for w in worth[1:groups]] + [(worth[groups] / price, dense, index)]
+    bought, closed = {name: min(1, most[name]) for name in names}, set()
+    for _, price, index in sorted(offers, key=lambda offer: -offer[0]):
+        if index in closed:
+            continue
+        if price > left:
+            closed.add(index)  # nothing smaller of this weight may follow
+        else:
+            bought[names[index]] += 1
+            left -= price
+    return {name: (count * multiple,) if 0 < count <= most[name] else None for name, count in bought.items()}

@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 Normalize = Literal["layernorm", "cosine"]
@@ -23,7 +21,7 @@ Normalize = Literal["layernorm", "cosine"]
 def feature_distillation(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    mask: Tensor | None = None,
+    mask: Tensor | Sequence[Tensor | None] | None = None,
     normalize: Normalize | None = None,
     layer_weights: Sequence[float] | None = None,
 ) -> Tensor:
@@ -32,8 +30,8 @@ def feature_distillation(
     Args:
         student: F_l^S, `[batch, tokens, d]` each (any shape, if there is no mask).
         teacher: F_l^T of the same shapes; get no gradient.
-        mask: `[batch, tokens]`, nonzero where a token counts; it applies to the features whose first two axes it has. None
-            takes the plain mean, as the official code does.
+        mask: `[batch, tokens]`, nonzero where a token counts; it applies to the features whose first two axes it has. A list
+            has one for each layer. None takes the plain mean, as the official code does.
         normalize: "layernorm" gives every token zero mean and unit variance first; "cosine" unit length, so that a token costs
             2 (1 - cos) / d. None takes the features as they are.
         layer_weights: w_l; None for 1 / n.
@@ -49,17 +47,22 @@ def feature_distillation(
     weights = [1 / len(student)] * len(student) if layer_weights is None else list(layer_weights)
     if len(weights) != len(student):
         raise ValueError(f"{len(weights)} layer_weights for {len(student)} layers.")
+    masks = [mask] * len(student) if mask is None or isinstance(mask, Tensor) else list(mask)
     total: Any = 0.0
-    for layer, (ours, theirs, weight) in enumerate(zip(student, teacher, weights, strict=True)):
+    for layer, (ours, theirs, weight, kept) in enumerate(zip(student, teacher, weights, masks, strict=True)):
         if ours.shape != theirs.shape:
             raise ValueError(f"feature {layer}: the student's is {list(ours.shape)}, the teacher's {list(theirs.shape)}.")
         dtype = torch.promote_types(ours.dtype, torch.float32)
         ours, theirs = _normalized(ours.to(dtype), normalize), _normalized(theirs.detach().to(dtype), normalize)
-        squares = (ours - theirs).square()
-        if mask is not None and squares.shape[:2] == mask.shape:
-            squares = squares[mask.to(squares.device, torch.bool)]
-        total = total + weight * (squares.mean() if squares.numel() else squares.sum())
+        total = total + weight * masked_mean((ours - theirs).square(), kept)
     return total
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the tokens that count, if the mask has the first two axes of the values; else over all."""
+    if mask is not None and values.shape[:2] == mask.shape:
+        values = values[mask.to(values.device, torch.bool)]
+    return values.mean() if values.numel() else values.sum()
 
 
 def _normalized(features: Tensor, normalize: Normalize | None) -> Tensor:
@@ -72,43 +75,26 @@ def _normalized(features: Tensor, normalize: Normalize | None) -> Tensor:
     raise ValueError(f"normalize={normalize!r} is not known. Accepted: None, 'layernorm', 'cosine'.")
 
 
-@contextmanager
-def as_teacher(model: nn.Module) -> Iterator[None]:
-    """The original model for a while: adapters and trained copies of modules off, eval mode, no gradients.
+class Features(list[Tensor]):
+    """Recorded outputs, and beside them the modules that they came from."""
 
-    Nothing that PEFT's `disable_adapter` would touch is touched (it switches `requires_grad` of the active adapter off and on,
-    also where the user had frozen it). The random state is put back, so that a model that draws inside its forward (the mask of
-    a masked autoencoder) draws the same for the student, as long as nothing else draws before it.
-    """
-    switches: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    before = [switch._disable_adapters for switch in switches]
-    modes = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        for switch in switches:
-            switch._disable_adapters = True
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for switch, disabled in zip(switches, before, strict=True):
-            switch._disable_adapters = disabled
-        for module, mode in modes.items():
-            module.training = mode
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[nn.Module] = []
 
 
 @contextmanager
-def recorded_features(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def recorded_features(modules: Sequence[nn.Module]) -> Iterator[Features]:
     """Collect the outputs of modules, in the order in which they are called; of a tuple or a ModelOutput its first tensor.
 
     Only what is called inside the block is recorded, so a recomputation by gradient checkpointing in backward is not.
     """
-    features: list[Tensor] = []
+    features = Features()
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        features.append(
-            output if isinstance(output, Tensor) else next(iter(output.values() if hasattr(output, "values") else output))
-        )
+        values = output.values() if hasattr(output, "values") and not isinstance(output, Tensor) else output
+        features.append(output if isinstance(output, Tensor) else next(iter(values)))
+        features.modules.append(module)
 
     handles = [module.register_forward_hook(record) for module in modules]
     try:
@@ -124,7 +110,8 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn
     Args:
         model: a model.
         names: endings of module names, such as "encoder.layer.3" or "embeddings"; None for the members of every list of blocks:
-            the outermost `nn.ModuleList`s with two or more members of one class.
+            an `nn.ModuleList` of two or more members of one class. Members that have such a list themselves, called `blocks`,
+            `layers` or `layer` (stages of a Swin), give way to its members.
 
     Raises:
         ValueError: a name that no module has, or no list of blocks in the model.
@@ -139,12 +126,20 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn
                 raise ValueError(f"features name {wanted!r}, which {type(model).__name__} does not have. Its lists: {lists}.")
             found += matches
         return found
-    lists = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1
-    ]
+    lists = [name for name, module in modules.items() if _is_list_of_blocks(module)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if not outermost:
         raise ValueError(f"{type(model).__name__} has no list of equal blocks. Name the modules to distil with `features`.")
-    return [block for name in outermost for block in modules[name]]
+    return [block for name in outermost for member in modules[name].children() for block in _inner_blocks(member)]
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    members = list(module.children())
+    return isinstance(module, nn.ModuleList) and len(members) > 1 and len({type(block) for block in members}) == 1
+
+
+def _inner_blocks(member: nn.Module) -> list[nn.Module]:
+    inner = next((child for name in ("blocks", "layers", "layer") if (child := getattr(member, name, None)) is not None), None)
+    if not isinstance(inner, (nn.ModuleList, nn.Sequential)) or len({type(block) for block in inner}) != 1:
+        return [member]
+    return [block for child in inner for block in _inner_blocks(child)]
