@@ -110,8 +110,8 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn
     Args:
         model: a model.
         names: endings of module names, such as "encoder.layer.3" or "embeddings"; None for the members of every list of blocks:
-            an `nn.ModuleList` of two or more members of one class. Members that have such a list themselves, called `blocks`,
-            `layers` or `layer` (stages of a Swin), give way to its members.
+            an `nn.ModuleList` of two or more members of one class (of one member, if there is no such list). Members that have
+            such a list themselves, called `blocks`, `layers` or `layer` (stages of a Swin), give way to its members.
 
     Raises:
         ValueError: a name that no module has, or no list of blocks in the model.
@@ -126,7 +126,8 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn
                 raise ValueError(f"features name {wanted!r}, which {type(model).__name__} does not have. Its lists: {lists}.")
             found += matches
         return found
-    lists = [name for name, module in modules.items() if _is_list_of_blocks(module)]
+    several = [name for name, module in modules.items() if _is_list_of_blocks(module)]
+    lists = several or [name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) == 1]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if not outermost:
         raise ValueError(f"{type(model).__name__} has no list of equal blocks. Name the modules to distil with `features`.")
