@@ -49,7 +49,13 @@ from peft_subspace.merging.methods.emr import modulators
 from peft_subspace.task_vectors.task_vector import TaskVector
 
 State = Mapping[str, Tensor]
-COARSE = (0.2, 0.4, 0.8, 1.6, 3.2)  # of lambda; then the two half steps beside the best, and whole steps while it is at the edge
+COARSE = (
+    0.2,
+    0.4,
+    0.8,
+    1.6,
+    3.2,
+)  # of lambda; then whole steps while the best is at the edge, and the two half steps beside it
 BOUNDS = (0.05, 12.8)
 MASKS = "EMR, masks for each task"
 WEIGHTLESS = ("slerp", "model_stock", "sce", "emr")

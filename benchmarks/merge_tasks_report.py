@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,6 @@ def _table(kind: str, seeds: Mapping[str, Any], rows: Sequence[dict[str, Any]]) 
     print("\nThe classic order, seed by seed:")
     for number, seed in enumerate(seeds):
         scores = [means[name][number] for name in CLASSIC]
-        holds = all(low < high for low, high in zip(scores, scores[1:], strict=False))
+        holds = all(low < high for low, high in itertools.pairwise(scores))
         text = ", ".join(f"{name} {score:.3f}" for name, score in zip(CLASSIC, scores, strict=True))
         print(f"- seed {seed}: {'holds' if holds else 'does not hold'} ({text})")

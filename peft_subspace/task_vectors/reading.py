@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .deltas import Delta, LoraDelta, StoredDelta, TuckerDelta, columns_of
+from .deltas import Delta, LowRank, StoredDelta
 from .errors import InputError
 from .headers import ITEM_SIZES, TensorHeader
 from .models import Given
@@ -115,10 +115,10 @@ class DeltaReader:
     def __init__(self, delta: Delta, read: Callable[[TensorHeader], Tensor] = read_tensor) -> None:
         self.delta = delta
         self._block: tuple[int, Tensor] | None = None
-        if isinstance(delta, (LoraDelta, TuckerDelta)):
+        if isinstance(delta, LowRank):
             left, right = delta.factors(read)
             self.left, self.right = left.contiguous(), right.contiguous()
-            self.columns = columns_of(delta.shape)
+            self.columns = right.shape[1]
             self.rows = max(1, ROW_BLOCK // max(1, self.columns))
 
     def part(self, start: int, stop: int, reader: Reader, slot: int) -> Tensor:
