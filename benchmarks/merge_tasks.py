@@ -1,28 +1,38 @@
-"""A real merge: MiniLM fine-tuned on five text tasks, whole and as adapters, merged by every method, three seeds.
+"""A real merge: MiniLM fine-tuned on five text tasks, whole and by adapters, merged by every method, three seeds.
 
-    python benchmarks/merge_tasks.py train       # the single-task models, into --folder; goes on where it was stopped
+    python benchmarks/merge_tasks.py train       # the single-task models; goes on where it was interrupted
     python benchmarks/merge_tasks.py merge       # every method, its lambda chosen on held-out rows; goes on likewise
-    python benchmarks/merge_tasks.py report      # the table and the picture
+    python benchmarks/merge_tasks.py report      # the tables, the order of the methods seed by seed, the picture
 
 Each task keeps the head of its own single-task model; the encoder is merged. The score is a merged model's accuracy on a
-task's test rows over that of the single-task model. Every merged delta gets the same lambdas to choose from, by the mean
-score on held-out rows that no model was trained on; "average" and the base have none.
+task's test rows over that of the single-task model. A merge is two recipes of `peft-subspace merge` on the files that
+`save_pretrained` wrote: the first makes the merged task vector by the method, the second adds lambda times that file to the
+base, and what transformers loads from its folder is tested. Lambda is the best of a grid by the mean score on held-out rows
+that no model was trained on; for "average" and the base it is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # run as a script: look for packages beside benchmarks/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from merge_tasks_models import (
-    BACKBONE,
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks import merge_tasks_report as reporting
+from benchmarks.merge_tasks_models import (
     KINDS,
     ROWS,
     TASKS,
@@ -34,200 +44,269 @@ from merge_tasks_models import (
     new_model,
     single_task_model,
 )
-from torch import Tensor, nn
-
+from peft_subspace.cli import run as peft_subspace
 from peft_subspace.merging.methods.emr import modulators
-from peft_subspace.merging.methods.memory import merge_state_dicts, merge_tensors
+from peft_subspace.task_vectors.task_vector import TaskVector
 
 State = Mapping[str, Tensor]
-LAMBDAS = (0.2, 0.4, 0.8, 1.6)
+COARSE = (
+    0.2,
+    0.4,
+    0.8,
+    1.6,
+    3.2,
+)  # of lambda; then whole steps while the best is at the edge, and the two half steps beside it
+BOUNDS = (0.05, 12.8)
+MASKS = "EMR, masks for each task"
+WEIGHTLESS = ("slerp", "model_stock", "sce", "emr")
 
-# name in the table -> (method, its options); the deltas have weight 1, and lambda scales the merged delta
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "average": ("linear", {}),
-    "task arithmetic": ("task_arithmetic", {}),
-    "magnitude prune 0.2": ("magnitude_prune", {"density": 0.2}),
-    "TIES 0.2 (mergekit)": ("ties", {"density": 0.2}),
-    "TIES 0.2 (paper)": ("ties", {"density": 0.2, "semantics": "paper"}),
-    "TIES 0.2, summed": ("ties", {"density": 0.2, "normalize": False}),
-    "DARE 0.2": ("dare_linear", {"density": 0.2}),
-    "DARE-TIES 0.2": ("dare_ties", {"density": 0.2}),
-    "DELLA 0.3": ("della_linear", {"density": 0.3, "epsilon": 0.15}),
-    "DELLA-TIES 0.3": ("della", {"density": 0.3, "epsilon": 0.15}),
-    "breadcrumbs 0.9": ("breadcrumbs", {"density": 0.9, "gamma": 0.01}),
-    "breadcrumbs-TIES 0.9": ("breadcrumbs_ties", {"density": 0.9, "gamma": 0.01}),
-    "slerp, one by one": ("slerp", {}),
-    "nuslerp, one by one": ("nuslerp", {}),
-    "multislerp": ("multislerp", {}),
-    "karcher": ("karcher", {}),
-    "model stock": ("model_stock", {}),
-    "SCE 0.2": ("sce", {"select_topk": 0.2}),
-    "EMR, unified only": ("emr", {}),
-    "TSV-M": ("tsv_m", {}),
-    "Iso-C": ("iso_c", {}),
-    "Iso-CTS": ("iso_cts", {}),
-    "KnOTS-TIES 0.2": ("knots", {"density": 0.2}),
-    "Fisher": ("fisher", {}),
-    "RegMean": ("regmean", {}),
-    "EMR, masks for each task": ("emr", {"masks": True}),
+# name in the tables -> (method, parameters, semantics)
+METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "average": ("linear", {}, "mergekit"),
+    "task arithmetic": ("task_arithmetic", {}, "mergekit"),
+    "TIES 0.2 (mergekit)": ("ties", {"density": 0.2}, "mergekit"),
+    "TIES 0.2 (paper)": ("ties", {"density": 0.2}, "paper"),
+    "DARE-TIES 0.2": ("dare_ties", {"density": 0.2}, "mergekit"),
+    "KnOTS-TIES 0.2": ("knots", {"density": 0.2}, "mergekit"),
+    "TSV-M": ("tsv_m", {}, "mergekit"),
+    "Iso-C": ("iso_c", {}, "mergekit"),
+    # of whole models only
+    "magnitude prune 0.2": ("magnitude_prune", {"density": 0.2}, "mergekit"),
+    "DELLA-TIES 0.3": ("della", {"density": 0.3, "epsilon": 0.15}, "mergekit"),
+    "breadcrumbs-TIES 0.9": ("breadcrumbs_ties", {"density": 0.9, "gamma": 0.01}, "mergekit"),
+    "EMR, unified only": ("emr", {}, "mergekit"),
+    MASKS: ("emr", {}, "mergekit"),
+    "TIES 0.2, summed": ("ties", {"density": 0.2, "normalize": False}, "mergekit"),
+    "DARE 0.2": ("dare_linear", {"density": 0.2}, "mergekit"),
+    "DELLA 0.3": ("della_linear", {"density": 0.3, "epsilon": 0.15}, "mergekit"),
+    "breadcrumbs 0.9": ("breadcrumbs", {"density": 0.9, "gamma": 0.01}, "mergekit"),
+    "slerp, one by one": ("slerp", {}, "mergekit"),
+    "nuslerp, one by one": ("nuslerp", {}, "mergekit"),
+    "multislerp": ("multislerp", {}, "mergekit"),
+    "karcher": ("karcher", {}, "mergekit"),
+    "model stock": ("model_stock", {}, "mergekit"),
+    "SCE 0.2": ("sce", {"select_topk": 0.2}, "mergekit"),
+    "Iso-CTS": ("iso_cts", {}, "mergekit"),
+    "Fisher": ("fisher", {}, "mergekit"),
+    "RegMean": ("regmean", {}, "mergekit"),
 }
+OF_ADAPTERS = tuple(METHODS)[:8]
 
 
-def merged_delta(method: str, options: dict[str, Any], base: State, models: Sequence[State], data: Callable[[], Any]) -> State:
-    """The merged model less the base, by the tensors of the encoder."""
-    names = list(base)
-    options = {**options}
-    settings: dict[str, Any] = {"semantics": options.pop("semantics", "mergekit"), "names": names}
-    options.pop("masks", None)
-    if method in ("slerp", "nuslerp"):  # of two: each model is taken in with its share
-        found = {}
-        for name in names:
-            mean = models[0][name]
-            for k, model in enumerate(models[1:], 1):
-                if method == "slerp":
-                    mean = merge_tensors("slerp", mean, [model[name]], None, {"t": 1 / (k + 1)})
-                else:
-                    mean = merge_tensors("nuslerp", base[name], [mean, model[name]], [k, 1.0])
-            found[name] = mean - base[name]
-        return found
-    statistics_ = data() if method in ("fisher", "regmean") else None
-    if method in ("linear", "karcher", "fisher", "regmean"):
-        merged = merge_state_dicts(method, None, models, None, options, statistics=statistics_, **settings)
-        return {name: merged[name] - base[name] for name in names}
-    return merge_state_dicts(method, base, models, None, options, as_delta=True, **settings)
+def methods_of(kind: str) -> tuple[str, ...]:
+    """Names of the methods that a kind of model is merged by."""
+    return tuple(METHODS) if kind == "full" else OF_ADAPTERS
+
+
+def merge_files(recipe: dict[str, Any], out: Path) -> Path:
+    """Run `peft-subspace merge` on a recipe.
+
+    Raises:
+        RuntimeError: it did not end with exit code 0.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    code = peft_subspace(["merge", str(path), str(out), "--threads", "1", "--quiet"])
+    if code:
+        raise RuntimeError(f"peft-subspace merge {path} ended with exit code {code}")
+    return out
+
+
+class Merger:
+    """Merges the files of one kind and seed.
+
+    Args:
+        base: Folder of the base's encoder.
+        singles: Folders of `single_task_model`, one a task.
+        scratch: Folder for what is written; it is made anew for every merge.
+    """
+
+    def __init__(self, base: Path, singles: Sequence[Path], scratch: Path) -> None:
+        self.base, self.singles, self.scratch = base, singles, scratch
+        self.encoders = [str(single / "encoder") for single in singles]
+        scratch.mkdir(parents=True, exist_ok=True)
+
+    def task_vector(self, name: str) -> Path:
+        """Merge by a method; the file of the merged task vector."""
+        method, parameters, semantics = METHODS[name]
+        out = self.scratch / "vector"
+        if method in ("slerp", "nuslerp"):
+            return self._extracted(self._one_by_one(method), out)
+        models = [self._entry(path, single, method) for path, single in zip(self.encoders, self.singles, strict=True)]
+        recipe: dict[str, Any] = {"merge_method": method, "base_model": str(self.base), "models": models}
+        recipe |= {"parameters": parameters, "dtype": "float32", "subspace": {"semantics": semantics, "output": "task_vector"}}
+        if method in ("linear", "karcher", "fisher", "regmean"):  # of models, not of their differences to the base
+            recipe["subspace"]["output"] = "model"
+            return self._extracted(merge_files(recipe, self.scratch / "whole"), out)
+        return merge_files(recipe, out) / "task_vector.safetensors"
+
+    def _entry(self, path: str, single: Path, method: str) -> dict[str, Any]:
+        statistics_ = {"statistics": str(single / f"{method}.safetensors")} if method in ("fisher", "regmean") else {}
+        weight = {} if method in WEIGHTLESS else {"weight": 1.0}
+        return {"model": path, "parameters": {**weight, **statistics_}}
+
+    def _one_by_one(self, method: str) -> Path:
+        """Each model is taken in with its share."""
+        mean = self.encoders[0]
+        for k, encoder in enumerate(self.encoders[1:], 1):
+            recipe: dict[str, Any] = {"merge_method": method, "dtype": "float32"}
+            if method == "slerp":
+                recipe |= {"base_model": mean, "models": [{"model": encoder}], "parameters": {"t": 1 / (k + 1)}}
+            else:
+                pair = [{"model": mean, "parameters": {"weight": k}}, {"model": encoder, "parameters": {"weight": 1}}]
+                recipe |= {"base_model": str(self.base), "models": pair}
+            mean = str(merge_files(recipe, self.scratch / f"mean-{k}"))
+        return Path(mean)
+
+    def _extracted(self, model: Path, out: Path) -> Path:
+        path = out.with_suffix(".safetensors")
+        TaskVector.open(str(model), str(self.base)).save(path)
+        return path
+
+    def model(self, vector: Path, factor: float) -> Path:
+        """The base plus factor times a task-vector file, as a folder that transformers loads."""
+        entry = {"model": str(vector), "parameters": {"weight": factor}}
+        recipe = {"merge_method": "task_arithmetic", "base_model": str(self.base), "models": [entry], "dtype": "float32"}
+        return merge_files(recipe, self.scratch / "model")
 
 
 class Scorer:
     """Scores of merged encoders on the tasks, relative to the single-task models."""
 
-    def __init__(self, base: State, tasks: Sequence[Task], singles: Sequence[State]) -> None:
-        self.base, self.tasks = base, tasks
+    def __init__(self, base: Path, tasks: Sequence[Task], singles: Sequence[Path], kind: str) -> None:
+        self.tasks = tasks
+        self.base: State = load_file(base / "model.safetensors")
         self.models: list[nn.Module] = []
+        self.deltas: list[State] = []
+        self.single: dict[str, list[float]] = {"held_out": [], "test": []}
         for task, single in zip(tasks, singles, strict=True):
+            vector = TaskVector.open(str(single / "encoder"), str(base))
+            delta = {name: vector[name].float() if name in vector else torch.zeros_like(x) for name, x in self.base.items()}
             model = new_model(task.classes)
-            model.load_state_dict(single, strict=False)
+            model.classifier.load_state_dict(load_file(single / "head.safetensors"))
+            self.deltas.append(delta)
             self.models.append(model.eval())
-        self.single = {part: self._accuracies(part) for part in ("held_out", "test")}
+        self._load([{name: x + delta[name] for name, x in self.base.items()} for delta in self.deltas])
+        self.single = {part: self._accuracies(part) for part in self.single}
+
+    def _load(self, encoders: Sequence[State]) -> None:
+        for model, encoder in zip(self.models, encoders, strict=True):
+            missing = model.bert.load_state_dict(dict(encoder), strict=False).missing_keys
+            if any("position_ids" not in name for name in missing):
+                raise RuntimeError(f"a merged encoder lacks {', '.join(missing)}")
 
     def _accuracies(self, part: str) -> list[float]:
         return [accuracy(model, getattr(task, part)) for model, task in zip(self.models, self.tasks, strict=True)]
 
-    def scores(self, deltas: Sequence[State], factor: float, part: str) -> list[float]:
-        """Relative accuracies with theta_0 + factor delta_k as the encoder of task k."""
-        for model, delta in zip(self.models, deltas, strict=True):
-            model.load_state_dict({name: x + factor * delta[name] for name, x in self.base.items()}, strict=False)
-        found = self._accuracies(part)
-        return [score / single for score, single in zip(found, self.single[part], strict=True)]
+    def relative(self, encoders: Sequence[State], part: str) -> list[float]:
+        """Accuracy of encoder k on task k over that of the single-task model."""
+        self._load(encoders)
+        return [score / single for score, single in zip(self._accuracies(part), self.single[part], strict=True)]
+
+    def scaled(self, deltas: Sequence[State], factor: float, part: str) -> list[float]:
+        """The same with theta_0 + factor delta_k."""
+        return self.relative([{n: x + factor * d[n] for n, x in self.base.items()} for d in deltas], part)
 
 
-def per_task(name: str, delta: State, deltas: Sequence[State]) -> list[State]:
-    """The delta that each task uses: the merged one for all, or EMR's masked and scaled ones."""
-    if name != "EMR, masks for each task":
-        return [delta] * len(deltas)
-    masks, scales = modulators(delta, deltas)
-    return [{key: s * m[key] * delta[key] for key in delta} for m, s in zip(masks, scales, strict=True)]
-
-
-def load(name: str, kind: str, seed: int, options: argparse.Namespace) -> Task:
-    """The rows of a task for one kind of model and seed."""
-    return load_task(name, seed, options.rows or ROWS[kind], options.held_out, options.test, options.tokens)
+def best_lambda(score: Any) -> dict[float, float]:
+    """Held-out scores by lambda, the best one inside of what was tried (or at `BOUNDS`)."""
+    found = {factor: score(factor) for factor in COARSE}
+    step = 2.0
+    while True:
+        best = max(found, key=found.__getitem__)
+        beside = [round(best * step, 4), round(best / step, 4)]
+        fresh = [factor for factor in beside if factor not in found and BOUNDS[0] <= factor <= BOUNDS[1]]
+        if not fresh and step == 2.0:
+            step = 2**0.5
+            continue
+        if not fresh or len(found) >= len(COARSE) + 6:
+            return found
+        found |= {factor: score(factor) for factor in fresh}
+        if step < 2:
+            return found
 
 
 def run(kind: str, seed: int, options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Merge by every method that has no result yet; write each result as it comes."""
     tasks = [load(name, kind, seed, options) for name in TASKS]
     singles = [single_task_model(options.folder, task, kind, seed, options.epochs) for task in tasks]
-    start = new_model(2).state_dict()
-    base = {n: x.clone() for n, x in start.items() if n.startswith(BACKBONE) and x.is_floating_point()}
-    if kind != "full":  # adapters leave all else as it was
-        base = {n: x for n, x in base.items() if any(not torch.equal(single[n], x) for single in singles)}
-    scorer = Scorer(base, tasks, singles)
-    models = [{name: single[name] for name in base} for single in singles]
-    deltas = [{name: model[name] - base[name] for name in base} for model in models]
     place = results.setdefault(kind, {}).setdefault(str(seed), {})
+    names = [name for name in ("base", *methods_of(kind)) if name not in place]
+    if not names:
+        return
+    base = base_folder(options.folder)
+    merger, scorer = Merger(base, singles, options.folder / "scratch"), Scorer(base, tasks, singles, kind)
     place["single"] = scorer.single["test"]
-
-    def data(method: str) -> list[State]:
-        rows = 256 if method == "regmean" else 32
-        found = []
-        for task, single in zip(tasks, singles, strict=True):
-            model = new_model(task.classes)
-            model.load_state_dict(single, strict=False)
-            part = type(task.train)(task.train.ids[:rows], task.train.labels[:rows])
-            found.append(gram_matrices(model, part) if method == "regmean" else fisher_information(model, part))
-        return found
-
-    zero = {name: torch.zeros_like(x) for name, x in base.items()}
-    for name, (method, given) in {"base": ("", {}), **METHODS}.items():
-        if name in place:
-            continue
+    for name in names:
         begun = time.process_time()
-        delta = zero if name == "base" else merged_delta(method, given, base, models, lambda m=method: data(m))
-        merging = time.process_time() - begun
-        each = per_task(name, delta, deltas)
-        lambdas = (1.0,) if name in ("base", "average") else LAMBDAS
-        held_out = {factor: statistics.mean(scorer.scores(each, factor, "held_out")) for factor in lambdas}
-        best = max(held_out, key=held_out.__getitem__)
-        place[name] = {
-            "lambda": best,
-            "held_out": {f"{factor:g}": round(score, 4) for factor, score in held_out.items()},
-            "test": [round(score, 4) for score in scorer.scores(each, best, "test")],
-            "merge_cpu_s": round(merging, 2),
-        }
-        write(options, results)
+        if name in ("Fisher", "RegMean"):
+            write_statistics(scorer.models, tasks, singles, METHODS[name][0], scorer)
+        place[name] = one(name, merger, scorer)
+        place[name]["cpu_s"] = round(time.process_time() - begun, 1)
+        reporting.write(options, results)
         mean = statistics.mean(place[name]["test"])
-        print(
-            f"{kind} seed {seed} {name}: {mean:.3f} (lambda {best:g}, merged in {merging:.1f} s)", file=sys.stderr, flush=True
-        )
+        print(f"{kind} {seed} {name}: {mean:.3f}, lambda {place[name]['lambda']:g}", file=sys.stderr, flush=True)
+    shutil.rmtree(merger.scratch, ignore_errors=True)
 
 
-def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Write the results, whole or not at all."""
-    path = options.output / "merge-tasks.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {"train": options.rows or ROWS, "held_out": options.held_out, "test": options.test}
-    settings = {"rows": rows, "epochs": options.epochs, "tokens": options.tokens, "lambdas": LAMBDAS, "tasks": TASKS}
-    path.with_suffix(".part").write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
-    path.with_suffix(".part").rename(path)
+def one(name: str, merger: Merger, scorer: Scorer) -> dict[str, Any]:
+    """The result of one method."""
+    if name == "base":
+        return {"lambda": 0.0, "test": scorer.relative([scorer.base] * len(scorer.tasks), "test")}
+    vector = merger.task_vector(name)
+    merged = TaskVector.open(str(vector), str(merger.base))
+    delta = {n: merged[n].float() if n in merged else torch.zeros_like(x) for n, x in scorer.base.items()}
+    each: list[State] = [delta] * len(scorer.tasks)
+    if name == MASKS:
+        masks, scales = modulators(delta, scorer.deltas)
+        each = [{key: s * m[key] * delta[key] for key in delta} for m, s in zip(masks, scales, strict=True)]
+    held_out = {1.0: 0.0}
+    if name != "average":
+        held_out = best_lambda(lambda factor: statistics.mean(scorer.scaled(each, factor, "held_out")))
+    best = max(held_out, key=held_out.__getitem__)
+    if name == MASKS:  # a model for each task, made in memory from the merged file
+        test = scorer.scaled(each, best, "test")
+    else:
+        test = scorer.relative([loaded(merger.model(vector, best))] * len(scorer.tasks), "test")
+    rounded = {f"{factor:g}": round(score, 4) for factor, score in sorted(held_out.items())}
+    return {"lambda": best, "held_out": rounded, "test": [round(score, 4) for score in test]}
 
 
-def report(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Print a table for each kind of model and draw the picture, of the seeds that are complete."""
-    import matplotlib.pyplot as plt
+def loaded(folder: Path) -> State:
+    """The weights that transformers reads out of a folder."""
+    from transformers import AutoModel
 
-    wanted = {"base", *METHODS}
-    complete = {
-        kind: {
-            seed: found for seed, found in results.get(kind, {}).items() if wanted <= set(found) and int(seed) in options.seeds
-        }
-        for kind in KINDS
-    }
-    kinds = [kind for kind in KINDS if complete[kind]]
-    if not kinds:
-        raise SystemExit("no seed has a result of every method yet: run `merge` first")
-    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 7.5), squeeze=False, layout="constrained")
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        seeds = complete[kind]
-        single = [statistics.mean(seed["single"][k] for seed in seeds.values()) for k in range(len(TASKS))]
-        print(f"\n### {kind}, seeds {', '.join(seeds)}\n\n| method | lambda | {' | '.join(TASKS)} | mean (by seed) |")
-        print(f"| --- | --- |{' --- |' * (len(TASKS) + 1)}")
-        print(f"| single-task accuracy | | {' | '.join(f'{score:.3f}' for score in single)} | |")
-        rows = []
-        for name in ("base", *METHODS):
-            runs = [seed[name] for seed in seeds.values()]
-            means = [statistics.mean(run["test"]) for run in runs]
-            columns = [statistics.mean(run["test"][k] for run in runs) for k in range(len(TASKS))]
-            rows.append((statistics.mean(means), name, runs, means, columns))
-        for mean, name, runs, means, columns in sorted(rows, key=lambda row: row[0]):
-            lambdas = "/".join(f"{run['lambda']:g}" for run in runs)
-            cells = " | ".join(f"{column:.3f}" for column in columns)
-            print(f"| {name} | {lambdas} | {cells} | **{mean:.3f}** ({', '.join(f'{m:.3f}' for m in means)}) |")
-        rows.sort(key=lambda row: row[0])
-        axis.barh([row[1] for row in rows], [row[0] for row in rows], color="#4878a8")
-        for at, (_, _, _, means, _) in enumerate(rows):
-            axis.plot(means, [at] * len(means), "k.", markersize=4)
-        axis.set(title=f"{kind}: accuracy / single-task accuracy", xlim=(min(row[0] for row in rows) - 0.05, 1.02))
-    figure.savefig(options.output / "merge-tasks.png", dpi=110)
+    return AutoModel.from_pretrained(folder).state_dict()
+
+
+def write_statistics(
+    models: Sequence[nn.Module], tasks: Sequence[Task], singles: Sequence[Path], method: str, scorer: Scorer
+) -> None:
+    """What RegMean and Fisher averaging know of each task, beside its model."""
+    scorer.relative([{n: x + delta[n] for n, x in scorer.base.items()} for delta in scorer.deltas], "held_out")
+    rows = 256 if method == "regmean" else 32
+    for model, task, single in zip(models, tasks, singles, strict=True):
+        path = single / f"{method}.safetensors"
+        if not path.exists():
+            part = type(task.train)(task.train.ids[:rows], task.train.labels[:rows])
+            found = gram_matrices(model, part) if method == "regmean" else fisher_information(model, part)
+            save_file(found, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of the base's encoder, made once."""
+    path = folder / "base"
+    if not path.exists():
+        new_model(2).bert.save_pretrained(folder / ".base.part")
+        (folder / ".base.part").rename(path)
+    return path
+
+
+def load(name: str, kind: str, seed: int, options: argparse.Namespace) -> Task:
+    """The rows of a task for one kind of model and seed."""
+    return load_task(name, seed, options.rows or ROWS[kind], options.held_out, options.test, options.tokens)
 
 
 def main() -> None:
@@ -236,20 +315,20 @@ def main() -> None:
     parser.add_argument("step", choices=("train", "merge", "report"))
     parser.add_argument("--folder", type=Path, default=Path("outputs/merge-tasks"), help="where the single-task models are")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--kinds", nargs="+", default=["full", "lora"], choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, help="of each task to train on; default: 1200 for whole models, 600 for adapters")
-    parser.add_argument("--held-out", type=int, default=40, help="rows of each task to choose lambda on")
-    parser.add_argument("--test", type=int, default=150, help="rows of each task to report on")
+    parser.add_argument("--rows", type=int, help="of each task to train on; default: 800 for whole models, 480 for adapters")
+    parser.add_argument("--held-out", type=int, default=30, help="rows of each task to choose lambda on")
+    parser.add_argument("--test", type=int, default=100, help="rows of each task to report on")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48, help="of each text")
     options = parser.parse_args()
-    path = options.output / "merge-tasks.json"
+    path = options.output / reporting.FILE
     results = json.loads(path.read_text())["results"] if path.exists() else {}
     if options.step == "report":
-        return report(options, results)
-    for kind in options.kinds:
-        for seed in options.seeds:
+        return reporting.report(options, results, {kind: methods_of(kind) for kind in KINDS})
+    for seed in options.seeds:
+        for kind in options.kinds:
             if options.step == "merge":
                 run(kind, seed, options, results)
                 continue

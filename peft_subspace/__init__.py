@@ -8,11 +8,15 @@ from .adapters import (
     FloraConfig,
     FloraDelta,
     FloraModel,
+    PelaConfig,
+    PelaDelta,
+    PelaModel,
     SvfitConfig,
     SvfitDelta,
     SvfitModel,
 )
 from .base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
+from .compression import CompressionReport, compression_report, export_compressed, load_official
 from .export import save_as_lora, to_lora
 from .heat_map import draw_coefficients
 from .hub import write_model_card
@@ -25,11 +29,15 @@ __all__ = [
     "AtlasConfig",
     "AtlasDelta",
     "AtlasModel",
+    "CompressionReport",
     "Delta",
     "FloraConfig",
     "FloraDelta",
     "FloraModel",
     "Geometry",
+    "PelaConfig",
+    "PelaDelta",
+    "PelaModel",
     "SubspaceConfig",
     "SubspaceLayer",
     "SubspaceModel",
@@ -39,7 +47,10 @@ __all__ = [
     "WeightSpectrum",
     "__version__",
     "draw_coefficients",
+    "compression_report",
     "draw_spectrum",
+    "export_compressed",
+    "load_official",
     "register",
     "save_as_lora",
     "spectrum_table",

@@ -8,7 +8,10 @@ that says `import peft_subspace` never meets the stand-in.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import logging
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -41,8 +44,20 @@ def install() -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line and end the process.
+
+    Importing torch makes some hundred thousand objects that stay: looking through them for garbage as they come, and
+    taking them apart one by one at the end, would be a third of what the import costs.
+    """
+    gc.set_threshold(200_000)
     install()
     from peft_subspace.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads any more, as in `| head`
+        code = code or 1
+    logging.shutdown()
+    os._exit(code)

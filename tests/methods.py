@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from peft_subspace import AtlasConfig, FloraConfig, SubspaceConfig, SvfitConfig
+from peft_subspace import AtlasConfig, FloraConfig, PelaConfig, SubspaceConfig, SvfitConfig
 from tests.pico import Pico
 from tests.pools import pool_of
 
@@ -24,6 +25,12 @@ class Method:
     dropout: bool = True  # whether the update has an input that can be dropped
     composes: bool = False  # effective weights are composed of a pool of task vectors
     vector_rank: int | None = None  # of the matrices in that pool; None for dense ones
+    leaves: frozenset[str] = frozenset()  # of tests.pico.LAYERS, those that the method refuses
+
+    @property
+    def replaces_base(self) -> bool:
+        """Whether an adapter stands in for the layer, so that it does not start as the base and there can be one only."""
+        return bool(PEFT_TYPE_TO_TUNER_MAPPING[self.config.method].delta_cls.replaces_base)
 
     def make(self, pico: Pico, second: bool = False, **fields: Any) -> Any:
         """The config of "default", or of the second adapter, for a pico model and with other fields."""
@@ -45,6 +52,15 @@ METHODS = {
     ),
     "ATLAS": Method(AtlasConfig, {}, {"init": 0.1}, dropout=False, composes=True),
     "ATLAS, vectors of low rank": Method(AtlasConfig, {}, {"init": 0.1}, dropout=False, composes=True, vector_rank=2),
+    "PELA": Method(
+        PelaConfig,
+        {"r": 2},
+        {"r": 3},
+        {"rank_pattern": 3},
+        leaves=frozenset(  # their blocks are too small for two factors
+            ("conv, depthwise", "conv, depthwise, wider", "conv, pointwise, groups", "transposed, depthwise")
+        ),
+    ),
 }
 
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

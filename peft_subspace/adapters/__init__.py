@@ -2,6 +2,7 @@
 
 from .atlas import AtlasConfig, AtlasDelta, AtlasModel
 from .flora import FloraConfig, FloraDelta, FloraModel
+from .pela import PelaConfig, PelaDelta, PelaModel
 from .svfit import SvfitConfig, SvfitDelta, SvfitModel
 
 __all__ = [
@@ -11,6 +12,9 @@ __all__ = [
     "FloraConfig",
     "FloraDelta",
     "FloraModel",
+    "PelaConfig",
+    "PelaDelta",
+    "PelaModel",
     "SvfitConfig",
     "SvfitDelta",
     "SvfitModel",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..base import Delta, Geometry, SubspaceConfig, SubspaceModel
 from ..base.delta import Weight
+from ..base.geometry import bias_of
 from ..functional import svd
 from ..functional.directions import (
     FORMS,
@@ -31,6 +32,7 @@ from ..functional.directions import (
     scale_matrix,
     scale_rows,
 )
+from ..functional.low_rank import autocasts
 from ..registration import register
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -329,7 +331,7 @@ class SvfitDelta(Delta):
         """
         geometry, z = self.geometry, self.relative()
         dropout = self.dropout if self.training else 0.0
-        bias = _bias(base_layer) if self.left else getattr(base_layer, "bias", None)
+        bias = bias_of(base_layer) if self.left else getattr(base_layer, "bias", None)
         if geometry.kind == "linear":
             form = self._form(base_layer, x, dropout)
             if form == "factored":
@@ -352,7 +354,7 @@ class SvfitDelta(Delta):
     def _form(self, base_layer: Any, x: Tensor, dropout: float) -> Form:
         config, weight, tokens = self.config, base_layer.weight, x.numel() // max(1, x.shape[-1])
         plain = (
-            not (self.geometry.quantized or _autocasts(x) or weight.is_meta or weight.requires_grad) and x.dtype == weight.dtype
+            not (self.geometry.quantized or autocasts(x) or weight.is_meta or weight.requires_grad) and x.dtype == weight.dtype
         )
         possible = {"one-sided": True, "built": plain and not dropout, "factored": plain and self._may_factor(x)}
         if config.form != "auto":
@@ -420,23 +422,9 @@ class SvfitDelta(Delta):
         return {"r": widest.r}, {**tensors, **{name: getattr(widest, name) for name in names}}
 
 
-def _bias(layer: Any) -> Tensor | None:
-    """The bias of a layer, fetched from where accelerate keeps it if the layer is offloaded."""
-    bias = getattr(layer, "bias", None)
-    if bias is None or not bias.is_meta:
-        return bias
-    hook: Any = layer._hf_hook
-    return hook.weights_map["bias"].to(hook.execution_device)
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _as_under_autocast(x: Tensor) -> Tensor:
     """In the dtype that the base layer will compute in anyway."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) and x.dtype != torch.float64 else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) and x.dtype != torch.float64 else x
 
 
 class SvfitModel(SubspaceModel):

@@ -125,6 +125,10 @@ class Delta(nn.Module):
         """The dense update dW, canonical layout, at least in the dtype of the parameters: what the output is tested against."""
         raise NotImplementedError
 
+    def delta_bias(self) -> Tensor | None:
+        """The update of the layer's bias `[out]`, which `call` adds too; None for a method that leaves biases alone."""
+        return None
+
     def lora_factors(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         """Exact LoRA factors (A `[r, in, *kernel]`, B `[out, r]`) with dW = B A, or None if dW has no such form."""
         return None

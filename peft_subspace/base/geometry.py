@@ -56,6 +56,7 @@ class Geometry:
     transposed: bool = False
     padding_mode: str = "zeros"
     quantized: bool = False  # the weight is packed: it can be called and dequantised, not multiplied with
+    bias: bool = False  # the layer adds a bias to its output
     border: tuple[int, ...] = ()  # what F.pad takes, instead of `padding`, for other modes or two different sides
 
     @property
@@ -223,12 +224,14 @@ def _describe_layer(module: nn.Module) -> Geometry | None:
             transposed=transposed,
             padding_mode=module.padding_mode,
             border=border,
+            bias=module.bias is not None,
         )
     if isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module):
         in_features, out_features = _get_in_out_features(module)
         if in_features and out_features:
             swapped, quantized = isinstance(module, Conv1D), is_quantized(module)
-            return Geometry("linear", (out_features, in_features), swapped=swapped, quantized=quantized)
+            bias = getattr(module, "bias", None) is not None
+            return Geometry("linear", (out_features, in_features), swapped=swapped, quantized=quantized, bias=bias)
     return None
 
 
@@ -240,6 +243,15 @@ def _zero_padding(module: Any) -> tuple[int, ...] | None:
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return None if any(width % 2 for width in total) else tuple(width // 2 for width in total)
     return module.padding
+
+
+def bias_of(layer: Any) -> Tensor | None:
+    """The bias of a layer, fetched from where accelerate keeps it if the layer is offloaded."""
+    bias = getattr(layer, "bias", None)
+    if bias is None or not bias.is_meta:
+        return bias
+    hook: Any = layer._hf_hook
+    return hook.weights_map["bias"].to(hook.execution_device)
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ class CalledLayer(SubspaceLayer):
     """Calls the base layer and adds the updates to its output. For linear, convolution and embedding layers."""
 
     def _adapted_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._refuse_two(names)
         deltas = [getattr(self, self.adapter_layer_names[0])[name] for name in names]
         if any(delta.takes_over or delta.replaces_base for delta in deltas):
             return self._taken_over(names, deltas, x, *args, **kwargs)
@@ -37,11 +38,6 @@ class CalledLayer(SubspaceLayer):
 
     def _taken_over(self, names: list[str], deltas: list[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One adapter calls the base layer; the dense updates of further ones are added, which is exact and not fast."""
-        if sum(delta.replaces_base for delta in deltas) > 1:
-            raise ValueError(
-                f"{names} are active on one {self._get_name()} and more than one of them stands in for the base layer. "
-                f"Activate one at a time with `set_adapter`."
-            )
         container, (_, geometry) = next(iter(self.geometries.items()))
         if len(names) > 1 and geometry.kernel and x.ndim == len(geometry.kernel) + 1:  # see `_add`
             return self._taken_over(names, deltas, x[None], *args, **kwargs)[0]
@@ -93,6 +89,7 @@ class OwnWeightLayer(SubspaceLayer):
         super().update_layer(adapter_name, config, key, inference_mode)
 
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        self._refuse_two(names)
         shadowed: list[tuple[nn.Module, str]] = []
         try:
             if names:

@@ -64,18 +64,23 @@ class _Original:
         owner, name = layer._locate(container)
         if owner is not self.module:  # HQQ makes a new layer for the merged weight
             layer.base_layer = self.module
-        current, original = owner._parameters.get(name), self.parameters.get(name)
+        self._put_back(name, owner._parameters.get(name))
+        if "bias" in self.parameters and owner._parameters.get("bias") is not self.parameters["bias"]:
+            self._put_back("bias", owner._parameters.get("bias"))
+        vars(self.module).update(self.layer_state)
+
+    def _put_back(self, name: str, current: nn.Parameter | None) -> None:
+        original = self.parameters.get(name)
         if original is not None:
             state = dict(self.parameter_state[name])
             original.data = state.pop("data")
             vars(original).clear()
             vars(original).update(state)
-            if current is not None and self.follows_casts:
+            if current is not None and (self.follows_casts or name == "bias"):
                 original.data = original.data.to(current.device, current.dtype)
             elif current is not None:
                 original.data = original.data.to(current.device)
         self.module._parameters[name] = original
-        vars(self.module).update(self.layer_state)
 
 
 def _copied_states(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +231,13 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    def _refuse_two(self, names: Sequence[str]) -> None:
+        if self.delta_cls.replaces_base and len(names) > 1:
+            raise ValueError(
+                f"{list(names)} are active on one {self._get_name()} ({self.key}) and each of them stands in for the base "
+                f"layer. Activate, or merge, one at a time."
+            )
+
     def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run each adapter's samples together and put the results back in order."""
         batch = len(x)
@@ -258,6 +270,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         names = self._here(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        self._refuse_two([*self.merged_adapters, *names])
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise ValueError(
                 f"A {self.quantization_backend.backend_name} layer cannot be merged: its weight cannot be read back. Keep the "
@@ -274,8 +287,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         new = [container for container in merging if container not in self._originals]
         self._originals.update({container: _Original.of(self, container) for container in new})
         merged = {name: self._merged_weight(name, [*self.merged_adapters, *names]) for name in merging}
+        biases = {name: self._merged_bias(name, [*self.merged_adapters, *names]) for name in merging}
         for container, weight in merged.items():
-            if safe_merge and not torch.isfinite(weight).all():
+            bias = biases[container]
+            if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
                 for changed in new:
                     self._originals.pop(changed).restore(self, changed)
                 raise ValueError(
@@ -284,6 +299,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 )
         for container, weight in merged.items():
             self._set_weight(container, weight)
+            if (bias := biases[container]) is not None:
+                owner, _ = self._locate(container)
+                trained = bool(owner.get_parameter("bias").requires_grad)
+                owner._parameters["bias"] = nn.Parameter(bias, requires_grad=trained)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -305,6 +324,19 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             if name in getattr(self, container):
                 total += self.dense_update(container, name).to(total.device, total.dtype)
         return geometry.native(total).to(weight.dtype).contiguous()
+
+    @torch.no_grad()
+    def _merged_bias(self, container: str, names: list[str]) -> Tensor | None:
+        """The base's bias and its updates, summed as the weight is; None if no adapter has one."""
+        adapters = getattr(self, container)
+        found = [update for name in names if name in adapters and (update := adapters[name].delta_bias()) is not None]
+        bias = self._originals[container].parameters.get("bias")
+        if not found or bias is None:
+            return None
+        total = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+        for update in found:
+            total += update.to(total.device, total.dtype)
+        return total.to(bias.dtype)
 
     def dense_update(self, container: str, adapter_name: str) -> Tensor:
         """dW of one adapter and weight, canonical layout; the definition that everything else is tested against."""

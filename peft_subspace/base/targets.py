@@ -60,6 +60,8 @@ def resolve_targets(config: SubspaceConfig, model: nn.Module) -> None:
         if targets is None:
             linear, conv = (_layers_of_kind(model, kind, config) for kind in ("linear", "conv"))
             targets = "all-linear" if len(linear) >= len(conv) else "all-conv"  # a conv net's few linears are its head
+        else:
+            targets = _inside_sequences(targets, model)
     if isinstance(targets, str):
         if targets.lower() not in TARGET_SHORTHANDS:
             config.target_modules = targets  # a regular expression
@@ -69,6 +71,15 @@ def resolve_targets(config: SubspaceConfig, model: nn.Module) -> None:
     for target in targets:
         names |= _expand(target, model, config) if target in TARGET_SHORTHANDS else {target}
     config.target_modules = names  # type: ignore[assignment]  # PEFT keeps a set
+
+
+def _inside_sequences(targets: Any, model: nn.Module) -> list[str]:
+    """A default name may have become a sequence of layers (of a compressed model): those are meant then."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential) and _ends_with_any(name, targets) and all(map(describe, module)):
+            found += [f"{name}.{child}" for child, _ in module.named_children()]
+    return found or list(targets)
 
 
 def _expand(shorthand: str, model: nn.Module, config: SubspaceConfig) -> set[str]:

@@ -73,6 +73,11 @@ def _check(tuner: Any, adapters: list[str], weights: list[float], adapter_name: 
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight per adapter.")
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights={weights}: every weight must be a finite number.")
+    if tuner.delta_cls.replaces_base:
+        raise ValueError(
+            f"Each of {adapters} stands in for the base's weights, so their weighted sum is no adapter of this kind. Merge "
+            f"each into a model of its own (`merge_and_unload`) and combine the models with `peft-subspace merge`."
+        )
     if combination_type != "linear":
         raise ValueError(f"combination_type={combination_type!r} is not known. Accepted: 'linear' (the exact sum).")
     if any(tuner.peft_config[name].modules_to_save for name in adapters):

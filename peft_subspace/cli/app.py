@@ -87,6 +87,7 @@ def merge(
     from ..merging.planner import make_plan
     from ..merging.recipe import load_recipe, with_shard_size
     from ..merging.run import merge as merge_recipe
+    from ..merging.run import partial_path
     from ..task_vectors.errors import RecipeError
     from ..task_vectors.pickles import pickles_allowed
     from .report import describe
@@ -107,9 +108,13 @@ def merge(
 
         workers = threads or default_threads()
         if dry_run:
-            describe(plan, workers)
+            if not quiet:
+                describe(plan, workers)
             return
         assert out is not None
+        if resume and not partial_path(out).exists():
+            state = f"{out} is there already" if out.exists() else f"there is no {partial_path(out)}; starting anew"
+            console.say(f"Nothing to resume: {state}.", quiet)
         started = time.monotonic()
         try:
             with console.progress("Merging", sum(tensor.nbytes for tensor in plan.tensors), quiet) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,12 @@ def export_lora(adapter: str, out: Path, base: str | None) -> None:
     transformers.utils.logging.set_verbosity_error()
     own: Any = {"num_labels": _labels(folder)} if str(config.get("task_type", "")).endswith("_CLS") else {}
     try:
-        loader: Any = getattr(transformers, _class_of(config, name))
-        model = loader.from_pretrained(name, **{key: value for key, value in own.items() if value})
-        wrapped = peft.PeftModel.from_pretrained(model, os.fspath(folder))
+        with warnings.catch_warnings():
+            # PEFT 0.21 reads transformers' old name of the property whenever it wraps a model
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            loader: Any = getattr(transformers, _class_of(config, name))
+            model = loader.from_pretrained(name, **{key: value for key, value in own.items() if value})
+            wrapped = peft.PeftModel.from_pretrained(model, os.fspath(folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{adapter} on {name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     partial = out.with_name(out.name + ".partial")

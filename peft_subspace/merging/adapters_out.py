@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..functional.stacked import stack, truncate_sum
 from ..task_vectors.adapters import PEFT_PREFIX
-from ..task_vectors.deltas import LoraDelta, TuckerDelta
+from ..task_vectors.deltas import LowRank
 from ..task_vectors.errors import InputError, OutputError, RecipeError
 from ..task_vectors.lora_files import (
     is_adaptable,
@@ -150,7 +150,7 @@ def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
 
 
 def _rank(given: Given) -> int:
-    return sum(delta.rank for delta in given.deltas if isinstance(delta, (LoraDelta, TuckerDelta)))
+    return sum(delta.rank for delta in given.deltas if isinstance(delta, LowRank))
 
 
 def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
@@ -167,7 +167,7 @@ def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]
     factors, scales = [], []
     for weight, model in zip(weights, tensor.models, strict=True):
         for delta in model.deltas:
-            assert isinstance(delta, (LoraDelta, TuckerDelta))
+            assert isinstance(delta, LowRank)
             factors.append(delta.factors(read_tensor))
             scales.append(weight * scale)
     return factors, scales

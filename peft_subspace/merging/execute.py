@@ -25,7 +25,7 @@ from ..task_vectors.reading import DTYPES, GivenReader, Reader, read_tensor
 from .files import OutputFiles
 from .journal import Journal, crc_of
 from .methods.loop import TILE, Job, Part, map_tensor, reduce_tensors
-from .plan import CHUNK, Plan, TensorPlan
+from .plan import CHUNK, HELD, Plan, TensorPlan
 
 AHEAD = 2  # tensors per worker whose bytes the system is asked to fetch
 
@@ -67,6 +67,9 @@ def execute(plan: Plan, files: OutputFiles, journal: Journal, done: dict[str, in
     run.remaining = remaining
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    # glibc returns freed memory above a threshold to the system, which then clears it page by page for the next tile; freeing
+    # one large block, which was never touched, raises the threshold above what a tile needs.
+    torch.empty(3 * 2**23, dtype=torch.uint8)
     try:
         run.reduced = whole_model_passes(plan, settings)
         with ThreadPoolExecutor(settings.threads, thread_name_prefix="merge") as pool:
@@ -141,7 +144,7 @@ class _Run:
 
     def work(self, files: OutputFiles, journal: Journal) -> None:
         torch.set_num_threads(1)
-        reader = Reader()
+        reader = Reader(HELD // self.settings.threads)
         try:
             with torch.inference_mode():
                 while (tensor := self._take()) is not None:
@@ -165,6 +168,8 @@ class _Run:
         whole = tensor.action == "merge" and self.plan.method.kind_for(tensor.options) == "matrix"
         with self.whole_tensors if whole else contextlib.nullcontext():
             crc = 0
+            if tensor.action == "merge" and not whole:
+                reader.hold(tensor.bytes_read)
             for offset, data in self._bytes(tensor, reader):
                 if self.stopped.is_set():
                     raise Stopped

@@ -41,6 +41,7 @@ class OutputFiles:
                 done += os.pwrite(self._shards[file].file, view[done:], start + offset + done)
         except OSError as error:
             raise disk_error(self.folder / file, error) from error
+        self._shards[file].written(start + offset, view)
 
     def finished(self, name: str) -> None:
         """A tensor is whole: hash what is whole from the file's beginning."""
@@ -75,9 +76,20 @@ class _Growing:
         try:
             os.ftruncate(self.file, shard.size)  # not fallocate: its blocks make each first write ten times dearer on ext4
             os.pwrite(self.file, shard.header, 0)
+            self.written(0, memoryview(shard.header))
         except OSError as error:
             os.close(self.file)
             raise disk_error(path, error) from error
+
+    def written(self, offset: int, data: memoryview) -> None:
+        """Hash what is written right behind what is hashed: it need not be read again."""
+        if self._hash_lock.acquire(blocking=False):
+            try:
+                if offset == self._hashed:
+                    self._digest.update(data)
+                    self._hashed += len(data)
+            finally:
+                self._hash_lock.release()
 
     def finished(self, name: str) -> None:
         with self._lock:
@@ -88,7 +100,7 @@ class _Growing:
                 with self._lock:
                     while self._pending and self._pending[-1] in self._whole:
                         end = self._ends[self._pending.pop()]
-                if end == self._hashed:
+                if end <= self._hashed:
                     return
                 self._hash(end)
             finally:

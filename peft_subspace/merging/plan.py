@@ -18,7 +18,8 @@ from .layout import Layout
 from .methods.registry import Method
 from .recipe import Recipe
 
-CHUNK = 2**20  # values that a worker reads at a time from each model
+CHUNK = 2**19  # values that a worker reads at a time from each model
+HELD = 48 * 10**6  # bytes of inputs that all workers together keep between the passes over a tensor
 TORCH_MEMORY = 150 * 10**6  # private bytes of Python and torch before any work
 READ_RATE, NS_PER_VALUE = 1e9, {"elementwise": 4.0, "rows": 25.0, "matrix": 200.0}  # for the estimate of the time
 
@@ -132,7 +133,7 @@ class Plan:
         """Private bytes, about: buffers of every worker, or the largest tensor whole for methods that work on matrices."""
         kinds = {self.method.kind_for(tensor.options) for tensor in self.tensors if tensor.action == "merge"} or {"elementwise"}
         models = len(self.sources) + (self.base is not None)
-        chunk = CHUNK * (models * 4 + 16) * threads
+        chunk = CHUNK * (models * 4 + 16) * threads + HELD
         if "matrix" in kinds:
             largest = max(tensor.count for tensor in self.tensors)
             chunk += largest * 4 * (models + 3)

@@ -51,38 +51,12 @@ class Adapter:
     bare: tuple[str, ...] = ()
 
 
-def read_adapter(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
-    """Read what an adapter changes off its config and the header of its file.
-
-    Args:
-        checkpoint: the adapter.
-        model_type: of the base's config.json: GPT-2 and a few others store linear weights the other way round.
+def read_lora(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
+    """Read a plain LoRA; its file says by itself which weights are stored the other way round.
 
     Raises:
-        InputError: an adapter of a kind that is not a plain sum on the weights, by name; or a file that is not whole.
+        InputError: a LoRA that is more than scale B A, by the name of its variant; or a file that is not whole.
     """
-    kind = checkpoint.config.get("peft_type")
-    if kind == "LORA":
-        return _lora(checkpoint)
-    if kind == "FLORA":
-        return _flora(checkpoint, model_type)
-    if kind == "SVFIT":  # its update is a scaling of the base's own weight, and its basis need not be in the file
-        raise InputError(
-            f"{checkpoint.name}: is a SVFIT adapter. Turn it into LoRA first, which is exact: "
-            f"`peft-subspace export {checkpoint.name} FOLDER`, and give that folder instead."
-        )
-    if kind == "ATLAS":  # coefficients of other vectors, which are not in its file
-        raise InputError(
-            f"{checkpoint.name}: is an ATLAS adapter. Write what it composes as a task-vector file, and give that instead: "
-            f"load it with PEFT, then `model.base_model.save_task_vector('learned.safetensors')`."
-        )
-    raise InputError(
-        f"{checkpoint.name}: is a {kind} adapter. Accepted: LORA, FLORA. Merge it into its model first "
-        f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
-    )
-
-
-def _lora(checkpoint: Checkpoint) -> Adapter:
     config = checkpoint.config
     other = [title for option, title in OTHER_LORA.items() if config.get(option)]
     if other:
@@ -140,23 +114,48 @@ def _pattern(checkpoint: Checkpoint, field_name: str, module: str, default: Any)
     return found
 
 
-def _flora(checkpoint: Checkpoint, model_type: str | None) -> Adapter:
+def by_layer(
+    checkpoint: Checkpoint, pattern: re.Pattern[str], prefix: str, title: str
+) -> tuple[dict[tuple[str, str | None], dict[str, TensorHeader]], dict[str, TensorHeader]]:
+    """Sort the tensors of an adapter of this package: (module, weight or None) -> tensor -> header, and what is saved whole.
+
+    Args:
+        checkpoint: the adapter.
+        pattern: of the tensors' names, with the groups `module`, `weight` and `tensor`.
+        prefix: of the method; a name with it that does not fit the pattern is an error.
+        title: of the method, for that error.
+    """
     parts: dict[tuple[str, str | None], dict[str, TensorHeader]] = {}
     saved = {}
     for key, tensor in checkpoint.tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
-        if match := _FLORA.fullmatch(name):
+        if match := pattern.fullmatch(name):
             parts.setdefault((match["module"], match["weight"]), {})[match["tensor"]] = tensor
         elif match := _BATCH_NORM.fullmatch(name):
             saved[f"{match['module']}.{match['tensor']}"] = tensor
-        elif "flora_" in name:
-            raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of a FLoRA adapter.")
+        elif prefix in name:
+            raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of {title}.")
         else:
             saved[name.replace(".base_layer.", ".")] = tensor
+    return parts, saved
+
+
+def read_flora(checkpoint: Checkpoint, model_type: str | None) -> Adapter:
+    """Read a FLoRA adapter.
+
+    Raises:
+        InputError: tensors that are missing or do not fit each other, by layer.
+    """
+    parts, saved = by_layer(checkpoint, _FLORA, "flora_", "a FLoRA adapter")
     deltas: dict[str, LowRank] = {}
     for (module, weight), tensors in parts.items():
         deltas[f"{module}.{weight or 'weight'}"] = _tucker(checkpoint, module, weight, tensors, model_type)
     return Adapter(deltas, saved, checkpoint.config.get("base_model_name_or_path"), tuple(_bare(checkpoint)))
+
+
+def is_embedding_module(module: str) -> bool:
+    """Whether a module is an embedding, whose weight is stored as `[rows, dim]`; seen from its name."""
+    return re.search(r"embed|wte|wpe|shared", module.rpartition(".")[2]) is not None
 
 
 def _tucker(
@@ -173,7 +172,7 @@ def _tucker(
     owner = module.replace(".base_layer", "")
     bare = weight is None and any(f".{owner}".endswith(f".{name.rpartition('.')[0]}") for name in _bare(checkpoint))
     matrix = weight is None and not bare and len(core.shape) == 2
-    embedding = matrix and re.search(r"embed|wte|wpe|shared", module.rpartition(".")[2]) is not None
+    embedding = matrix and is_embedding_module(module)
     scale = _flora_scale(checkpoint, owner, weight, bare)
     if scale is None:
         scale = default_flora_scale(shape, core.shape, embedding, bare)

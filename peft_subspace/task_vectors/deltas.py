@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .headers import TensorHeader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Read = Callable[[TensorHeader], Tensor]  # the values of a whole tensor, in its own dtype and shape
+Read = Callable[[TensorHeader], "Tensor"]  # the values of a whole tensor, in its own dtype and shape
 
 
 class Delta(Protocol):
@@ -131,7 +131,24 @@ class TuckerDelta:
         return left.float(), reconstruct(core, [None, *factors[1:]]).reshape(core.shape[0], -1).float()
 
 
-LowRank = LoraDelta | TuckerDelta
+@runtime_checkable
+class LowRank(Delta, Protocol):
+    """A delta that is a product `left right`."""
+
+    @property
+    def rank(self) -> int:
+        """Columns of left."""
+
+    def factors(self, read: Read) -> tuple[Tensor, Tensor]:
+        """left `[rows, r]` and right `[r, columns]` in float32."""
+
+
+@runtime_checkable
+class OnWeight(Protocol):
+    """A delta that is made of the base's own weight, and complete when that is known."""
+
+    def on(self, weight: TensorHeader) -> LowRank:
+        """The same on this weight; an InputError if it does not fit."""
 
 
 def columns_of(shape: tuple[int, ...]) -> int:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .adapters import Adapter, read_adapter, unmatched_text
-from .deltas import Delta, LoraDelta, StoredDelta, TuckerDelta
+from .adapters import Adapter, unmatched_text
+from .deltas import Delta, LoraDelta, OnWeight, StoredDelta, TuckerDelta
 from .errors import InputError
 from .headers import TensorHeader
+from .readers import read_adapter
 from .references import Reference, locate
 from .renaming import names_in_memory
 from .sources import Checkpoint, open_checkpoint
@@ -142,6 +143,8 @@ def _add(found: dict[str, Given], part: Checkpoint, base: Mapping[str, TensorHea
     for theirs, delta in deltas.items():
         name = names[theirs]
         before = found.get(name, Given())
+        if isinstance(delta, OnWeight):
+            delta = delta.on(before.values or base[name])
         found[name] = Given(before.values, (*before.deltas, _fitted(part, theirs, delta, base[name].shape)))
 
 

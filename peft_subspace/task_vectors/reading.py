@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .deltas import Delta, LoraDelta, StoredDelta, TuckerDelta, columns_of
+from .deltas import Delta, LowRank, StoredDelta
 from .errors import InputError
 from .headers import ITEM_SIZES, TensorHeader
 from .models import Given
@@ -22,23 +22,57 @@ ROW_BLOCK = 2**18  # values of a low-rank product that are computed at a time, w
 
 
 class Reader:
-    """Reads for one thread, into buffers that it uses again: a tensor from `stored` is good until the same slot is read."""
+    """Reads for one thread, into buffers that it uses again: a tensor from `stored` is good until the same slot is read.
 
-    def __init__(self) -> None:
+    Args:
+        room: bytes of values that it may keep between `hold` and `forget`, so that they are read once.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self.room = room
         self._buffers: dict[int, Tensor] = {}
+        self._store: Tensor | None = None
+        self._held: dict[tuple[TensorHeader, int, int], Tensor] = {}
+        self._used: int | None = None  # bytes of the store that are taken; None while nothing is held
+
+    def hold(self, nbytes: int) -> None:
+        """Keep what is read from here on, if all of it has room: a tensor that is read several times."""
+        if 0 < nbytes <= self.room:
+            if self._store is None:
+                self._store = torch.empty(self.room + 2**16, dtype=torch.uint8)  # and what aligning its parts takes
+            self._used = 0
 
     def stored(self, header: TensorHeader, start: int, stop: int, slot: int) -> Tensor:
         """Values [start, stop) of a tensor in a file, flat, in its own dtype."""
+        key = header, start, stop
+        held = self._held.get(key)
+        if held is not None:
+            return held
         size = ITEM_SIZES[header.dtype]
         length = (stop - start) * size
-        buffer = self._buffers.get(slot)
+        buffer = self._place(length)
+        keep = buffer is not None
+        if buffer is None:
+            buffer = self._buffers.get(slot)
         if buffer is None or buffer.numel() < length:
             buffer = self._buffers[slot] = torch.empty(length, dtype=torch.uint8)
         read_into(header, buffer.numpy().data[:length], header.offset + start * size)
-        return buffer[:length].view(DTYPES[header.dtype])
+        values = buffer[:length].view(DTYPES[header.dtype])
+        if keep:
+            self._held[key] = values
+        return values
+
+    def _place(self, length: int) -> Tensor | None:
+        """Free bytes of the store; None if nothing is held, or it is full."""
+        if self._used is None or self._store is None or self._used + length > self._store.numel():
+            return None
+        start = self._used
+        self._used += -(-length // 64) * 64
+        return self._store[start : start + length]
 
     def forget(self) -> None:
-        """Give large buffers back."""
+        """Let go of what is held, and give large buffers back."""
+        self._held, self._used = {}, None
         self._buffers = {slot: buffer for slot, buffer in self._buffers.items() if buffer.numel() <= 2**25}
 
 
@@ -81,10 +115,10 @@ class DeltaReader:
     def __init__(self, delta: Delta, read: Callable[[TensorHeader], Tensor] = read_tensor) -> None:
         self.delta = delta
         self._block: tuple[int, Tensor] | None = None
-        if isinstance(delta, (LoraDelta, TuckerDelta)):
+        if isinstance(delta, LowRank):
             left, right = delta.factors(read)
             self.left, self.right = left.contiguous(), right.contiguous()
-            self.columns = columns_of(delta.shape)
+            self.columns = right.shape[1]
             self.rows = max(1, ROW_BLOCK // max(1, self.columns))
 
     def part(self, start: int, stop: int, reader: Reader, slot: int) -> Tensor:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deltas import LoraDelta, TuckerDelta
+from .deltas import LowRank
 from .errors import InputError, OutputError
 from .headers import TensorHeader, encode_header
 from .models import A_SUFFIX, B_SUFFIX, Given, Source, given_by, open_source, task_vector_deltas, without_base
+from .readers import read_adapter
 from .reading import GivenReader, Reader, read_tensor
 from .references import Reference
 from .sources import FORMAT_KEY, TASK_VECTOR, is_float
@@ -137,10 +138,10 @@ class TaskVector:
         left, right = [], []
         for weight, given in self.terms:
             one = given.get(name, Given())
-            if one.values is not None or not all(isinstance(delta, (LoraDelta, TuckerDelta)) for delta in one.deltas):
+            if one.values is not None or not all(isinstance(delta, LowRank) for delta in one.deltas):
                 return None
             for delta in one.deltas:
-                assert isinstance(delta, (LoraDelta, TuckerDelta))
+                assert isinstance(delta, LowRank)
                 up, down = delta.factors(read_tensor)
                 left.append(up * weight)
                 right.append(down)
@@ -151,9 +152,9 @@ class TaskVector:
         deltas = [delta for _, given in self.terms for delta in given.get(name, Given()).deltas]
         if any(name in given and given[name].values is not None for _, given in self.terms):
             return None
-        if not deltas or not all(isinstance(delta, (LoraDelta, TuckerDelta)) for delta in deltas):
+        if not deltas or not all(isinstance(delta, LowRank) for delta in deltas):
             return None
-        return sum(delta.rank for delta in deltas if isinstance(delta, (LoraDelta, TuckerDelta)))
+        return sum(delta.rank for delta in deltas if isinstance(delta, LowRank))
 
     def dot(self, other: TaskVector) -> float:
         """sum of tau * other over all tensors, in float64; by the factors where both have some."""
@@ -241,8 +242,6 @@ def _reference(name: Any) -> Reference:
 
 def _alone(source: Source) -> dict[str, Given]:
     """What an adapter or a task-vector file gives, by its own names."""
-    from .adapters import read_adapter
-
     (part,) = source.checkpoints
     if part.kind == "model":
         raise InputError(f"{part.name} is a whole model: name the base that it was made from, to take the difference.")
@@ -253,6 +252,9 @@ def _alone(source: Source) -> dict[str, Given]:
         raise InputError(
             f"{part.name}: has whole modules ({', '.join(list(adapter.saved)[:3])}): name the base, to take the difference."
         )
+    unbound = [name for name, delta in adapter.deltas.items() if delta.shape is None]
+    if unbound:
+        raise InputError(f"{part.name}: its update of {unbound[0]!r} is made of the base's own weight: name the base.")
     return {name: Given(None, (delta,)) for name, delta in adapter.deltas.items()}
 
 

@@ -1,1 +1,17 @@
-"""Objectives, and what is done with a model before and while it learns: pure functions on tensors and thin loops on models."""
+"""Losses as pure functions, and the thin glue that trains with them."""
+
+from ..base.teacher import as_teacher
+from .distillation import feature_distillation, find_blocks, recorded_features
+from .healing import Healing, HealingTrainer
+from .perturbation import max_perturbation, perturbation_penalty
+
+__all__ = [
+    "Healing",
+    "HealingTrainer",
+    "as_teacher",
+    "feature_distillation",
+    "find_blocks",
+    "max_perturbation",
+    "perturbation_penalty",
+    "recorded_features",
+]

@@ -90,3 +90,11 @@ def test_io_prints_a_table_with_an_aa_row(tmp_path: Path, capsys: pytest.Capture
     for row in rows.values():
         assert row["file_bytes"] > 0
         assert all(ms > 0 for operation in ("init", "save", "load", "merge") for ms in row[operation]["wall_ms"])
+
+
+def test_pela_step_prints_a_table_with_an_aa_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("benchmarks.pela_step").main(["--quick", "--rounds", "1", "--out", str(tmp_path)])
+    assert "base again" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "pela-step-llama.json").read_text())["rows"]
+    assert rows["base"]["bytes_saved"] == rows["base again"]["bytes_saved"]
+    assert rows["PELA c=1.5"]["trained"] > rows["PELA c=2"]["trained"] > rows["PELA c=3"]["trained"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from peft_subspace import AtlasConfig, FloraConfig, SvfitConfig
+from peft_subspace import AtlasConfig, FloraConfig, PelaConfig, SvfitConfig
 
 FLORA = {"r": 4}
 # The suite trains with plain SGD at a learning rate of 0.5 on inputs up to 90 and the sum as loss. There the step grows
@@ -18,6 +18,7 @@ CALM = {"scale": 0.2}
 COLD = {"scale": 1e-4}  # this model feeds itself inputs up to 57,600 and is compared at a tolerance of 1e-4
 SMALL = {"r": 2}
 TINY = {"r": 1}  # a layer with a single output has rank 1
+PELA = {"r": 3}
 SVFIT = {"r": 4}  # lowered where a layer has fewer singular values
 
 
@@ -122,6 +123,28 @@ CASES = [
             "MHA": ["mha", "lin0"],
         }.items()
     ),
+    ("PELA MLP 1", "MLP", PelaConfig, {**PELA, "target_modules": "lin0"}),
+    ("PELA MLP 2", "MLP", PelaConfig, {**PELA, "target_modules": ["lin0"]}),
+    ("PELA MLP 3", "MLP", PelaConfig, {"r": 1, "target_modules": ["lin1"]}),
+    ("PELA MLP 4", "MLP", PelaConfig, {"compression": 2.0, "min_features": 2, "target_modules": ["lin0", "lin1"]}),
+    ("PELA MLP 5", "MLP", PelaConfig, {**PELA, "target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("PELA MLP 6", "MLP", PelaConfig, {**PELA, "target_modules": ["lin0"], "dropout": 0.1}),
+    ("PELA MLP 7", "MLP", PelaConfig, {"energy": 0.6, "target_modules": ["lin0"]}),
+    ("PELA MLP 8", "MLP", PelaConfig, {"compression": 2.0, "allocation": "global", "target_modules": ["lin0"]}),
+    ("PELA MLP 9", "MLP", PelaConfig, {**PELA, "svd": "lowrank", "target_modules": ["lin0"], "train_bias": False}),
+    ("PELA Embedding", "EmbConv1D", PelaConfig, {**PELA, "target_modules": ["emb"]}),
+    ("PELA Conv1d bigger", "Conv1dBigger", PelaConfig, {**PELA, "target_modules": ["conv1d"]}),
+    ("PELA Conv2d 1", "Conv2d", PelaConfig, {**PELA, "target_modules": ["conv2d"]}),
+    ("PELA Conv2d 2", "Conv2d", PelaConfig, {**PELA, "target_modules": ["conv2d", "lin0"]}),
+    ("PELA Conv3d 1", "Conv3d", PelaConfig, {**PELA, "target_modules": ["conv3d"]}),
+    ("PELA MHA 1", "MHA", PelaConfig, {**PELA, "target_modules": ["mha"]}),
+    ("PELA parameters 1", "MlpUsingParameters", PelaConfig, {**PELA, "target_parameters": ["lin0.weight"]}),
+    *(
+        ("PELA", group, PelaConfig, {"r": 4, "target_modules": None, "dropout": 0.05})
+        for group in ("decoder", "seq2seq", "seq_cls", "token_cls", "qa")
+    ),
+    # the loss of these tests does not see a pooler, which a compressed model would train
+    ("PELA", "feature", PelaConfig, {"r": 4, "target_modules": None, "dropout": 0.05, "exclude_modules": ["pooler.dense"]}),
     ("SVFit MLP 1", "MLP", SvfitConfig, {**SVFIT, "target_modules": "lin0"}),
     ("SVFit MLP 2", "MLP", SvfitConfig, {**SVFIT, "target_modules": ["lin0"]}),
     ("SVFit MLP 3", "MLP", SvfitConfig, {**SVFIT, "target_modules": ["lin1"]}),
@@ -185,10 +208,24 @@ MIXED_BATCH_CASES = [
 ]
 CAPABILITIES = {
     AtlasConfig: {"conv1d": True, "merge": True},
+    PelaConfig: {"conv1d": True, "merge": True},
     FloraConfig: {"conv1d": True, "merge": True},
     SvfitConfig: {"conv1d": True, "merge": True},
 }
 SKIP = [
+    (
+        r"test_disable_adapters(_with_merging)?\[PELA",
+        "the test asserts that a new adapter computes what the base does, and a compressed layer is an approximation. "
+        "tests/contract covers disabling a merged adapter.",
+    ),
+    (
+        r"TestMultipleActiveAdapters.*PELA",
+        "two adapters that each stand in for the base cannot be active at once; tests/contract asserts that they are refused.",
+    ),
+    (
+        r"test_merge_layers_multi\[PelaConfig",
+        "merges two adapters that each stand in for the base's weights, which is refused (tests/contract).",
+    ),
     (
         r"test_safe_merge\[(FLoRA|SVFit) Conv2d groups 2",
         "this model feeds itself inputs up to 57,600, and its outputs of several hundred are compared at a relative 1e-6, "

@@ -71,6 +71,7 @@ def test_what_a_card_says(tmp_path: Path) -> None:
 
 @each_method
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:PELA leaves .* layers dense")
 def test_the_parameter_count_is_right(method: Method, name: str, tmp_path: Path) -> None:
     """BatchNorm's running statistics and frozen bases are in the file and are not trained; heads and experts are."""
     model = saved(tmp_path, name, method=method)

@@ -303,3 +303,17 @@ def test_progress_on_a_terminal_and_in_a_log(capsys: pytest.CaptureFixture[str],
 def test_recipes_may_be_json(command: Command) -> None:
     Path("recipe.json").write_text(json.dumps(recipe(Path())))
     assert command("merge", "recipe.json", "out", "-q")[0] == 0
+
+
+def test_a_quiet_dry_run_prints_nothing(command: Command) -> None:
+    assert command("merge", "recipe.yaml", "--dry-run", "-q") == (0, "", "")
+    assert command("merge", "lost.yaml", "--dry-run", "-q")[0] != 0
+
+
+def test_resume_says_when_there_is_nothing_to_resume(command: Command) -> None:
+    code, out, _ = command("merge", "recipe.yaml", "out", "--resume")
+    assert code == 0
+    assert "Nothing to resume: there is no out.partial; starting anew." in out
+    code, out, _ = command("merge", "recipe.yaml", "out", "--resume")
+    assert code == 0
+    assert "Nothing to resume: out is there already." in out

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peft_subspace
@@ -116,6 +116,39 @@ FLORA = [
 def test_flora_is_what_peft_merges(case: str, scale: float | None, tmp_path: Path) -> None:
     config = peft_subspace.FloraConfig(r=2, init_weights=False, scale=scale, **MODELS[case].targets)
     check(*adapted(MODELS[case], config, tmp_path))
+
+
+SVFIT = [case for case in FLORA if case not in ("moe", "conv")]  # stacks of matrices are refused, see below
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`", "ignore:Input and output embeddings")
+@pytest.mark.parametrize("options", [{"r": 2}, {"r": 3, "save_basis": False, "scale": "relative", "nonnegative": True}])
+@pytest.mark.parametrize("case", SVFIT)
+def test_svfit_is_what_peft_merges(case: str, options: dict[str, Any], tmp_path: Path) -> None:
+    config = peft_subspace.SvfitConfig(basis_dtype="float32", init_weights=False, **options, **MODELS[case].targets)
+    vector = check(*adapted(MODELS[case], config, tmp_path))
+    ranks = {vector.rank(name) for name in vector}
+    assert ranks <= {1, 2, 3, None}
+    assert ranks & {2, 3}
+
+
+@pytest.mark.parametrize("case", ["moe", "conv"])
+def test_svfit_on_stacks_of_matrices_is_refused(case: str, tmp_path: Path) -> None:
+    config = peft_subspace.SvfitConfig(r=2, init_weights=False, **MODELS[case].targets)
+    base, adapter, *_ = adapted(MODELS[case], config, tmp_path)
+    with pytest.raises(InputError, match=r"adapted as a stack of matrices.*merge_and_unload"):
+        TaskVector.open(adapter, base)
+
+
+def test_svfit_without_a_base_or_on_another_one(tmp_path: Path) -> None:
+    config = peft_subspace.SvfitConfig(r=2, save_basis=False, **MODELS["llama"].targets)
+    base, adapter, *_ = adapted(MODELS["llama"], config, tmp_path)
+    with pytest.raises(InputError, match="made of the base's own weight: name the base"):
+        TaskVector.open(adapter)
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: torch.randn_like(value) for name, value in tensors.items()}, base / "model.safetensors")
+    with pytest.raises(InputError, match=r"base with other bits: the singular values differ.*keep_basis"):
+        TaskVector.open(adapter, base).norm()
 
 
 LAYER_CASES = [name for name in LAYERS if "scaled" not in name and "transposed" not in name]

@@ -49,7 +49,7 @@ def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Te
         tally = sum((ballot.sign() for ballot in ballots), torch.zeros_like(ballots[0]))
     else:
         tally = weighted_sum(ballots, [1.0] * len(ballots))
-    sign = tally.sign().mul_(2).add_(1).sign_()  # a tally of 0 elects +
+    sign = tally.sign_().add_(0.5).sign_()  # a tally of 0 elects +
     merged = torch.zeros_like(sign)
     divide = inputs.options["normalize"] or not weighted
     divisor = torch.zeros_like(sign) if divide else None
