@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft_subspace import AtlasConfig, FloraConfig, SvfitConfig
+from peft_subspace import AtlasConfig, FloraConfig, PelaConfig, SvfitConfig, export_compressed
 from peft_subspace.functional import svd
 from tests.pools import folder as pools_folder
 from tests.pools import write_vector
@@ -66,9 +66,10 @@ def lora_pool(count=6):
 CONFIGS = {
     "atlas": AtlasConfig(pool=lora_pool(), target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
     "flora": FloraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "pela": PelaConfig(r=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
     "svfit": SvfitConfig(r="full", target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
 }
-RATES = {"atlas": 0.1, "flora": 2e-2, "svfit": 0.1}
+RATES = {"atlas": 0.1, "flora": 2e-2, "pela": 1e-2, "svfit": 0.1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,8 +81,8 @@ def test_train_save_load_merge_unmerge(folder, kind, method, tmp_path):
         before = load(folder, kind)(input_ids=ids).logits  # of another copy: bitsandbytes repacks weights in the first forward
     model = get_peft_model(base, copy.deepcopy(CONFIGS[method]))
     assert "quantization_backend" in repr(model)
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, before)
+    with torch.no_grad():  # a compressed layer is an approximation
+        assert torch.equal(model(input_ids=ids).logits, before) == (method != "pela")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATES[method])
     losses = []
     for _ in range(8):
@@ -123,6 +124,20 @@ def test_a_basis_on_a_quantised_base_goes_into_the_file(folder, kind, tmp_path, 
     loaded = PeftModel.from_pretrained(load(folder, kind), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compressed_model_on_a_quantised_base_is_not_exported(folder, kind, tmp_path):
+    """Its factors are exported from the unquantised base, onto which the adapter's file loads."""
+    model = get_peft_model(load(folder, kind), PelaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="base is quantised .*load the base unquantised"):
+        export_compressed(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = again(input_ids=ids).logits
+        torch.testing.assert_close(export_compressed(again)(input_ids=ids).logits, expected)
 
 
 def plain(weight):
