@@ -37,8 +37,8 @@ class AtlasConfig(SubspaceConfig):
     """aTLAS: `W' = W + sum_t lambda_t tau_t` with frozen task vectors; only the coefficients are trained and saved.
 
     Args:
-        pool: name -> task vector: a fine-tuned model, a LoRA or FLoRA adapter, or a task-vector file, as a folder, a file or a
-            Hub id (`model@revision`), or `{"path": ..., "revision": ..., "base": ...}`.
+        pool: name -> task vector: a fine-tuned model, a LoRA, FLoRA or SVFit adapter, or a task-vector file, as a folder, a
+            file or a Hub id (`model@revision`), or `{"path": ..., "revision": ..., "base": ...}`.
         base: the base of whole models in the pool, if it is not the model's own `name_or_path`.
         exclude_pool: names to leave out (the target task's own vector, in the leave-one-out protocol).
         target_modules: as everywhere; None takes every parameter that the pool changes.

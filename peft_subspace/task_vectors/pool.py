@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..functional.composition import Dense, LowRank, Vector
 from .errors import InputError
-from .models import open_source, without_base
+from .models import Source, open_source, without_base
 from .provenance import digest, identity, record_of
+from .readers import read_adapter
 from .reading import GivenReader, Reader
 from .references import HUB_ID, Reference
 from .renaming import names_in_memory
@@ -201,7 +202,7 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
     own_base = given.pop("base", None) if isinstance(given, dict) else None
     try:
         source = open_source(given)
-        needed = own_base or (model.base if source.full is not None else None)
+        needed = own_base or (model.base if source.full is not None or _scales_its_base(source) else None)
         if source.full is not None and needed is None:
             raise InputError(
                 f"{source.reference} is a whole model, and its base is not known. Give `base`, or save the difference first: "
@@ -213,6 +214,12 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
     except InputError as error:
         raise InputError(f"The task vector {name!r}: {error}") from error
     return Entry(name, vector, names, record_of(name, source, base_source))
+
+
+def _scales_its_base(source: Source) -> bool:
+    """Whether an adapter's update is made of the base's own weights (SVFit)."""
+    adapters = [read_adapter(part) for part in source.checkpoints if part.kind == "adapter"]
+    return any(delta.shape is None for adapter in adapters for delta in adapter.deltas.values())
 
 
 def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_subspace import AtlasConfig, AtlasDelta, draw_coefficients, save_as_lora
+from peft_subspace import AtlasConfig, AtlasDelta, FloraConfig, SvfitConfig, draw_coefficients, save_as_lora
 from peft_subspace.base import effective
 from peft_subspace.base.geometry import Geometry
 from peft_subspace.base.holders import Holder
@@ -202,6 +202,25 @@ def test_lora_adapters_are_composed_exactly(tmp_path: Path) -> None:
     torch.testing.assert_close(found, run(base, batch), rtol=1e-4, atol=1e-5)
     merged = run(model.merge_and_unload(), batch)
     torch.testing.assert_close(merged, found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [FloraConfig(r=2, target_modules=["q_proj"]), SvfitConfig(r="full", target_modules=["q_proj"])]
+)
+def test_adapters_of_this_package_are_vectors(config: Any, tmp_path: Path) -> None:
+    """SVFit's update is made of the base's own weight, which the pool knows."""
+    MODELS["llama"].model().save_pretrained(str(tmp_path / "base"))  # type: ignore[operator]
+    batch = MODELS["llama"].batch()
+
+    def base() -> Any:
+        return transformers.LlamaForCausalLM.from_pretrained(str(tmp_path / "base"))
+
+    torch.manual_seed(3)
+    trained = get_peft_model(base(), copy.deepcopy(config))
+    train(trained, batch)
+    trained.save_pretrained(str(tmp_path / "adapter"))
+    model = get_peft_model(base(), AtlasConfig(pool={"own": str(tmp_path / "adapter")}, init=1.0))
+    torch.testing.assert_close(run(model, batch), run(trained, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_export_to_lora_is_exact_where_all_vectors_have_low_rank(tmp_path: Path) -> None:

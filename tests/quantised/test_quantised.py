@@ -130,7 +130,7 @@ def test_a_basis_on_a_quantised_base_goes_into_the_file(folder, kind, tmp_path, 
 def test_a_compressed_model_on_a_quantised_base_is_not_exported(folder, kind, tmp_path):
     """Its factors are exported from the unquantised base, onto which the adapter's file loads."""
     model = get_peft_model(load(folder, kind), PelaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="base is quantised .*load the base unquantised"):
+    with pytest.raises(ValueError, match=r"base is quantised .*load the base unquantised"):
         export_compressed(model)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
