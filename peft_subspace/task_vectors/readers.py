@@ -60,4 +60,5 @@ def _reader(checkpoint: Checkpoint) -> Callable[[Checkpoint, str | None], Adapte
         kind, "Merge it into its model first (`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
     )
     accepted = ", ".join((*READERS, *sorted(brought)))
-    raise InputError(f"{checkpoint.name}: is a {kind} adapter. Accepted: {accepted}. {way_out}")
+    article = "an" if kind[:1] in "AEIO" else "a"
+    raise InputError(f"{checkpoint.name}: is {article} {kind} adapter. Accepted: {accepted}. {way_out}")
