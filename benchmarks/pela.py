@@ -179,54 +179,49 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _gaps(entry: dict[str, Any], tasks: list[str]) -> list[float] | None:
-    """Mean difference to the dense model over tasks, seed by seed."""
-    found = [entry["tasks"][task]["gaps"] for task in tasks if task in entry["tasks"]]
-    if len(found) < len(tasks) or len({len(gaps) for gaps in found}) != 1:
-        return None
-    return [statistics.mean(values) for values in zip(*found, strict=True)]
-
-
 def show(table: list[dict[str, Any]], console: Console) -> None:
     """Print the table."""
     names = [task for tasks in TASKS.values() for task in tasks]
-    view = Table("c", "row", "seeds", *names, *(f"{kind}: points to dense" for kind in TASKS))
+    view = Table("c", "row", *(f"{name}: accuracy (points to dense) [seeds]" for name in names))
     for entry in table:
         cells = []
         for name in names:
-            scores = entry["tasks"].get(name, {}).get("scores", [])
-            cells.append(f"{100 * statistics.mean(scores):.1f} ± {100 * _spread(scores):.1f}" if scores else "-")
-        gaps = [_gaps(entry, tasks) for tasks in TASKS.values()]
-        shown = ["-" if g is None else f"{100 * statistics.mean(g):+.1f} ± {100 * _spread(g):.1f}" for g in gaps]
+            found = entry["tasks"].get(name)
+            if found is None:
+                cells.append("-")
+                continue
+            gap = "" if entry["variant"] == "dense" else f" ({100 * statistics.mean(found['gaps']):+.1f})"
+            spread = f" ± {100 * _spread(found['scores']):.1f}" if len(found["scores"]) > 1 else ""
+            cells.append(f"{100 * found['mean']:.1f}{spread}{gap} [{len(found['scores'])}]")
         label = "dense, fine-tuned" if entry["variant"] == "dense" else VARIANTS[entry["variant"]][0]
-        seeds = max((len(found["scores"]) for found in entry["tasks"].values()), default=0)
-        view.add_row(f"{entry['ratio']:g}", label, str(seeds), *cells, *shown)
+        view.add_row(f"{entry['ratio']:g}", label, *cells)
     console.print(view)
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
-    """Points to the dense model over compression, one panel for each kind of task."""
+    """Points to the dense model over compression, one panel for each task that has run."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(11, 4.2))
-    for panel, (kind, tasks) in zip(panels, TASKS.items(), strict=True):
+    tasks = [task for group in TASKS.values() for task in group if any(task in entry["tasks"] for entry in table)]
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.2), squeeze=False)
+    for panel, task in zip(panels[0], tasks, strict=True):
         for variant in EVERYWHERE:
-            points = [(e["ratio"], g) for e in table if e["variant"] == variant and (g := _gaps(e, tasks)) is not None]
-            if points:
-                means = [100 * statistics.mean(g) for _, g in points]
-                errors = [100 * _spread(g) for _, g in points]
-                panel.errorbar([c for c, _ in points], means, yerr=errors, marker="o", capsize=3, label=VARIANTS[variant][0])
+            rows_of = [e for e in table if e["variant"] == variant and task in e["tasks"]]
+            gaps = [e["tasks"][task]["gaps"] for e in rows_of]
+            means, errors = [100 * statistics.mean(g) for g in gaps], [100 * _spread(g) for g in gaps]
+            panel.errorbar([e["ratio"] for e in rows_of], means, yerr=errors, marker="o", capsize=3, label=VARIANTS[variant][0])
+        seeds = sorted({len(e["tasks"][task]["scores"]) for e in table if task in e["tasks"]})
         panel.axhline(0, color="tab:gray", linewidth=1)
         panel.set_xlabel("compression c of the encoder's linear layers")
         panel.set_ylabel("accuracy, points to the dense model")
-        panel.set_title(f"{kind}: mean of {', '.join(tasks)}", fontsize=9)
+        panel.set_title(f"{task} ({' to '.join(map(str, seeds))} seeds)", fontsize=9)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

@@ -102,6 +102,16 @@ class AtlasConfig(SubspaceConfig):
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
+        if not isinstance(self.pool, dict) or isinstance(self.exclude_pool, str):
+            raise ValueError(
+                f"pool={self.pool!r}, exclude_pool={self.exclude_pool!r}: a table {{name: place}} and a list of names are "
+                f"expected."
+            )
+        starts = self.init.values() if isinstance(self.init, dict) else [self.init]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in starts):
+            raise ValueError(f"init={self.init!r}: a finite number, or a table of them by name, is expected.")
+        if not (self.max_vector_bytes is None or isinstance(self.max_vector_bytes, int)):
+            raise ValueError(f"max_vector_bytes={self.max_vector_bytes!r}: a number of bytes is expected.")
         self.pool = {name: os.fspath(s) if isinstance(s, os.PathLike) else s for name, s in self.pool.items()}
         unknown = [kind for kind in self.block_types if kind not in BLOCK_TYPES]
         if unknown or not self.block_types:
@@ -115,8 +125,11 @@ class AtlasConfig(SubspaceConfig):
                 f"partition={self.partition!r} with granularity={self.granularity!r}: the number of parts goes with "
                 f"granularity='partition', and with no other."
             )
-        if self.partition is not None and not 1 <= self.partition <= MAX_PARTS:
+        is_count = isinstance(self.partition, int) and not isinstance(self.partition, bool)
+        if self.partition is not None and not (is_count and 1 <= self.partition <= MAX_PARTS):
             raise ValueError(f"partition={self.partition!r}: a number of parts from 1 to {MAX_PARTS} is expected.")
+        if any(isinstance(endings, str) for endings in self.tie_blocks or []):
+            raise ValueError(f"tie_blocks={self.tie_blocks!r}: a list of lists of endings is expected.")
         wrong = {name: n for name, n in self.fused_splits.items() if not isinstance(n, int) or n < 1}
         if wrong:
             raise ValueError(f"fused_splits={wrong!r}: a positive number of parts is expected for each ending.")

@@ -70,6 +70,11 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     names = config.vector_names
     if not names:
         raise ValueError("the pool has no task vectors. Give pool={name: folder, file or Hub id}.")
+    if config.is_from_file and set(config.exclude_pool) & set(names):
+        raise ValueError(
+            f"exclude_pool={config.exclude_pool!r}: the file has coefficients of {names}, which go together. Set those of a "
+            f"vector to zero instead, or train a new adapter without it."
+        )
     missing = [name for name in names if name not in config.pool]
     if missing:
         raise ValueError(f"the pool has no task vectors {missing}, for which there are coefficients.")
@@ -83,7 +88,11 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     entries = open_pool(
         {name: config.pool[name] for name in names},
         shapes,
-        others={name.replace(".base_layer", "").replace(".original_module", "") for name in model.state_dict()},
+        others={
+            name.replace(".base_layer", "").replace(".original_module", "")
+            for name in model.state_dict()
+            if name not in model._parameters  # the model's own, which no layer holds: not composed, so not passed over
+        },
         base=config.base or config.base_model_name_or_path,
         config=declared.to_dict() if hasattr(declared, "to_dict") else None,
         strict=config.strict,
@@ -92,6 +101,10 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         config.provenance = {"vectors": [entry.record for entry in entries]}
     else:
         check_records(config.provenance["vectors"], entries)
+    for tied in first.values():  # files know a tied tensor by one of its names, and not all by the same
+        for entry in entries:
+            theirs = next((entry.names[name] for name in tied if name in entry.names), None)
+            entry.names.update({} if theirs is None else {name: entry.names.get(name, theirs) for name in tied})
     pool = Pool(entries, DTYPES[config.vector_dtype], config.placement)
     sources = {name: next((n for n in tied if pool.covers(n)), name) for tied in first.values() for name in tied}
     return OpenedPool(pool, sources, kinds)
@@ -140,10 +153,26 @@ def chosen_blocks(config: Any, model: nn.Module, targets: dict[str, dict[str, Ge
             f"The task vectors {', '.join(opened.pool.names)} change none of the targeted parameters of kinds "
             f"{config.block_types}."
         )
+    _check_ties(config, opened)
     if len(targets) < before:
         _narrow(config, model, set(targets))
     _check_size(config, opened)
     _check_base(config, model, opened)
+
+
+def _check_ties(config: Any, opened: OpenedPool) -> None:
+    """A tied tensor has one coefficient for each vector: parts of it would be named, and lie, differently in its layers."""
+    sharing: dict[str, list[str]] = {}
+    for name in sorted(opened.blocks):
+        sharing.setdefault(opened.source_of(name), []).append(name)
+    splits = tuple(config.fused_splits)
+    for tied in sharing.values():
+        in_parts = config.granularity in ("row", "column", "partition") or any(n.endswith(splits) for n in tied if splits)
+        if len(tied) > 1 and in_parts:
+            raise ValueError(
+                f"{' and '.join(tied)} are one tensor, which cannot be composed in parts (granularity={config.granularity!r}, "
+                f"fused_splits={config.fused_splits!r}). Use granularity='block', or leave these layers out (exclude_modules)."
+            )
 
 
 def _narrow(config: Any, model: nn.Module, names: set[str]) -> None:

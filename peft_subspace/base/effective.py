@@ -55,7 +55,7 @@ class EffectiveWeights:
             weight = compose(layer, container, names)
             return composition.composed(weight, lambda grad: _pulled(grad, pulls), trained)
         tensors = [getattr(owner, name), *(tensor for delta in deltas for tensor in delta.trained)]
-        made_of = (tuple(names), *((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors))
+        made_of = (tuple(names), *((tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.device) for tensor in tensors))
         kept = self._kept.get(container)
         if kept is None or kept.made_of != made_of or not _same_values(tensors[1:], kept.values):
             # what is not compared is held, so that its address cannot become that of another tensor
@@ -79,6 +79,10 @@ def _pulled(grad: Tensor, pulls: Any) -> list[Tensor | None]:
     for pull, needed in pulls:
         found += [gradient for gradient, wanted in zip(pull(grad), needed, strict=True) if wanted]
     return found
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # which inference tensors do not have
 
 
 def _is_compared(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from .readers import read_adapter
 from .reading import GivenReader, Reader
 from .references import HUB_ID, Reference
 from .renaming import names_in_memory
-from .sources import shortened
+from .sources import Checkpoint, shortened
 from .task_vector import TaskVector
 from .validate import is_buffer, match_names
 
@@ -41,12 +41,14 @@ class Entry:
         vector: opened, not read.
         names: name of a parameter of the model -> name in the vector.
         record: what it is known by: reference, commit, fingerprints of its files and of its base's.
+        places: of the very files.
     """
 
     name: str
     vector: TaskVector = field(repr=False)
     names: dict[str, str] = field(repr=False)
     record: dict[str, Any] = field(repr=False)
+    places: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
     def digest(self) -> str:
@@ -57,8 +59,8 @@ class Entry:
 class Streamed:
     """tau of one tensor, read from its files whenever it is needed: memory does not grow with the number of vectors."""
 
-    def __init__(self, vector: TaskVector, name: str) -> None:
-        self.vector, self.name = vector, name
+    def __init__(self, vector: TaskVector, name: str, owner: str) -> None:
+        self.vector, self.name, self.owner = vector, name, owner
 
     def part(self, start: int, stop: int, like: Tensor) -> Tensor:
         """Values [start, stop) of the flat tensor, in the dtype and on the device of `like`."""
@@ -72,13 +74,19 @@ class Streamed:
             own = None if one.is_delta else reader.stored(base[self.name], start, stop, 0).float()
             values = one.part(start, stop, own).float()
             total += weight * (values if own is None else values - own)
+        if not torch.isfinite(total).all():
+            raise InputError(_not_finite(self.owner, self.name))
         return total.to(like.device, like.dtype)
 
     def __deepcopy__(self, memo: Any) -> Streamed:
         return self
 
     def __reduce__(self) -> Any:
-        return Streamed, (self.vector, self.name)
+        return Streamed, (self.vector, self.name, self.owner)
+
+
+def _not_finite(owner: str, name: str) -> str:
+    return f"The task vector {owner!r} has values in {name!r} that are not finite. Leave it out, or mend it."
 
 
 def _reader() -> Reader:
@@ -134,8 +142,8 @@ class Pool:
 
     def _vector(self, entry: Entry, name: str) -> Vector | None:
         if self.placement == "disk" and entry.vector.rank(name) is None:
-            return Streamed(entry.vector, name)
-        key = (entry.digest, name, self.dtype, self.placement)
+            return Streamed(entry.vector, name, entry.name)
+        key = (entry.digest, entry.places, name, self.dtype, self.placement)
         found = _SHARED.get(key)
         if found is None:
             found = self._read(entry, name)
@@ -147,9 +155,7 @@ class Pool:
         factors = entry.vector.factors(name)
         values = [*factors] if factors is not None else [entry.vector[name].reshape(-1)]
         if not all(bool(torch.isfinite(value).all()) for value in values):
-            raise InputError(
-                f"The task vector {entry.name!r} has values in {name!r} that are not finite. Leave it out, or mend it."
-            )
+            raise InputError(_not_finite(entry.name, name))
         if factors is not None:
             return LowRank(*factors)
         dense = values[0]
@@ -213,7 +219,14 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
         names = _matched(vector, model)
     except InputError as error:
         raise InputError(f"The task vector {name!r}: {error}") from error
-    return Entry(name, vector, names, record_of(name, source, base_source))
+    parts = [*source.checkpoints, *(() if base_source is None else base_source.checkpoints)]
+    return Entry(name, vector, names, record_of(name, source, base_source), _places(parts))
+
+
+def _places(parts: Sequence[Checkpoint]) -> tuple[Any, ...]:
+    """The very files, by which vectors in memory are known: two that look the same in their samples are two all the same."""
+    paths = [file.path.resolve() for part in parts for file in part.files]
+    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
 def _scales_its_base(source: Source) -> bool:
@@ -235,7 +248,8 @@ def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:
     if not names or (lost and model.strict):
         raise InputError(
             f"{len(lost)} of its {len(vector.shapes)} tensors are parameters of no layer of this model: {shortened(lost)}. "
-            f"It was made on another model; with strict=False such tensors are left out."
+            f"It was made on another model, or they stand on the model itself, outside of its layers, where they cannot be "
+            f"composed; with strict=False such tensors are left out."
         )
     wrong = [name for name, theirs in names.items() if vector.shapes[theirs] != model.shapes[name]]
     if wrong:

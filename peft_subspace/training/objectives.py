@@ -51,7 +51,8 @@ def entropy_loss(logits: Tensor) -> Tensor:
         logits: `[..., classes]`.
     """
     logarithms = F.log_softmax(logits.float(), -1)
-    return -(logarithms.exp() * logarithms).sum(-1).mean()
+    finite = logarithms.masked_fill(logarithms == -torch.inf, 0.0)  # a class that is masked out has no share in the entropy
+    return -(logarithms.exp() * finite).sum(-1).mean()
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
@@ -98,10 +99,10 @@ def ufm_loss(
     targets = sharpen(F.softmax(weak.detach().float(), -1), temperature)
     sure = targets.amax(-1) > threshold
     if trusted is not None and labels is not None:
-        targets = torch.where(trusted[:, None], F.one_hot(labels, weak.shape[-1]).to(targets.dtype), targets)
+        targets = torch.where(trusted[:, None], F.one_hot(labels.where(trusted, 0), weak.shape[-1]).to(targets.dtype), targets)
         sure = sure | trusted
     losses = F.cross_entropy(strong.float(), targets, reduction="none")
-    return (losses * sure).sum() / sure.sum().clamp_min(1)
+    return torch.where(sure, losses, 0.0).sum() / sure.sum().clamp_min(1)
 
 
 def trusted_set(probabilities: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,19 +86,27 @@ def search(
     """
     tensors = list(_coefficients(model).values())
     generator = torch.Generator().manual_seed(seed)
-    best, lowest = [tensor.clone() for tensor in tensors], float(loss_fn(model))
-    for _ in range(budget - 1):
+    best, lowest = [tensor.clone() for tensor in tensors], _loss(loss_fn, model)
+    try:
+        for _ in range(budget - 1):
+            for tensor, value in zip(tensors, best, strict=True):
+                noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+                tensor.copy_((value + step * noise).clamp(-box, box))
+            found = _loss(loss_fn, model)
+            if found <= lowest:
+                best, lowest, step = [tensor.clone() for tensor in tensors], found, step * 1.5
+            else:
+                step *= 1.5**-0.25
+    finally:
         for tensor, value in zip(tensors, best, strict=True):
-            noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-            tensor.copy_((value + step * noise).clamp(-box, box))
-        found = float(loss_fn(model))
-        if found <= lowest:
-            best, lowest, step = [tensor.clone() for tensor in tensors], found, step * 1.5
-        else:
-            step *= 1.5**-0.25
-    for tensor, value in zip(tensors, best, strict=True):
-        tensor.copy_(value)
+            tensor.copy_(value)
     return lowest
+
+
+def _loss(loss_fn: Callable[[Any], Any], model: Any) -> float:
+    """A loss that is not a number is the worst of all."""
+    found = float(loss_fn(model))
+    return math.inf if math.isnan(found) else found
 
 
 def _coefficients(model: Any) -> dict[str, Tensor]:

@@ -574,7 +574,7 @@ def test_a_file_has_coefficients_and_what_they_belong_to(tmp_path: Path) -> None
     for record in records:
         (part,) = record["parts"]
         assert part["kind"] == "task_vector"
-        assert {"bytes", "sampled_sha256"} == set(part["files"][0])
+        assert {"bytes", "tensors_sha256"} == set(part["files"][0])
     assert 0 < len(config["provenance"]["base"]["values"]) <= 64
     card = (adapter / "README.md").read_text()
     assert "| Task vectors | task0 (`task0.safetensors`), task1 (`task1.safetensors`) |" in card
@@ -756,3 +756,130 @@ def test_rows_that_cannot_be_split_and_sums_of_unlike_adapters() -> None:
     model.add_adapter("other", AtlasConfig(pool=pool_of(MODELS["mlp"]), granularity="row"))
     with pytest.raises(ValueError, match="no aTLAS adapter of either kind"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+
+
+# What a review found -----------------------------------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Wide layers whose biases are a thousandth of the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(256, 256) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_vectors_that_differ_in_biases_alone_are_told_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Deep()
+    save_file(base.state_dict(), str(tmp_path / "base.safetensors"))
+    for name, shift in (("a", 1.0), ("b", 2.0)):
+        tuned = copy.deepcopy(base)
+        with torch.no_grad():
+            tuned.layers[1].bias.add_(shift)
+        save_file(tuned.state_dict(), str(tmp_path / f"{name}.safetensors"))
+    pool = {name: str(tmp_path / f"{name}.safetensors") for name in ("a", "b")}
+    config = AtlasConfig(pool=pool, base=str(tmp_path / "base.safetensors"))
+    model = get_peft_model(copy.deepcopy(base), config)
+    (vectors,) = [d.vectors for n, d in deltas(model).items() if n == "layers.1.bias"]
+    assert vectors is not None
+    assert [round(float(v.part(0, 1, torch.zeros(1)))) for v in vectors if v is not None] == [1, 2]
+    model.save_pretrained(str(tmp_path / "adapter"))
+    swapped = AtlasConfig.from_pretrained(str(tmp_path / "adapter"))
+    swapped.pool = {"a": pool["b"], "b": pool["a"]}
+    with pytest.raises(ValueError, match=r"'a'.*is not the one that the coefficients were learned with"):
+        PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter"), config=swapped)
+
+
+def test_a_tied_weight_may_have_two_names_in_two_vectors(tmp_path: Path) -> None:
+    base: Any = MODELS["llama, tied"].model()
+    shape = base.lm_head.weight.shape
+    first, second = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    pool = {
+        "a": write_vector(tmp_path / "a.safetensors", {"model.embed_tokens.weight": first}),
+        "b": write_vector(tmp_path / "b.safetensors", {"lm_head.weight": second}),
+    }
+    model: Any = get_peft_model(base, AtlasConfig(pool=pool, init=1.0))
+    for layer in dict(model.base_model.named_subspace_layers()).values():
+        for container, (_, geometry) in layer.geometries.items():
+            update = geometry.native(layer.dense_update(container, "default"))
+            torch.testing.assert_close(update.detach(), first + second)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"granularity": "row"}, {"granularity": "partition", "partition": 3}, {"fused_splits": {"embed_tokens.weight": 2}}],
+    ids=str,
+)
+def test_a_tied_weight_is_not_composed_in_parts(fields: dict[str, Any]) -> None:
+    pico = MODELS["llama, tied"]
+    with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight are one tensor.*granularity='block'"):
+        get_peft_model(pico.model(), AtlasConfig(pool=pool_of(pico), **fields))
+
+
+class Rooted(nn.Module):
+    """A parameter on the model itself, as timm's vision transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.layer = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x + self.token)
+        return found
+
+
+def test_a_parameter_of_the_model_itself_is_refused_by_name(tmp_path: Path) -> None:
+    vector = write_vector(tmp_path / "v.safetensors", {"token": torch.ones(8), "layer.bias": torch.ones(8)})
+    with pytest.raises(ValueError, match=r"token.*stand on the model itself"):
+        get_peft_model(Rooted(), AtlasConfig(pool={"v": vector}))
+    model = get_peft_model(Rooted(), AtlasConfig(pool={"v": vector}, strict=False))
+    assert list(deltas(model)) == ["layer.bias"]
+
+
+def test_values_on_disk_must_be_finite_too(tmp_path: Path) -> None:
+    vector = write_vector(tmp_path / "v.safetensors", {"layer.bias": torch.full((8,), torch.nan)})
+    model = get_peft_model(Rooted(), AtlasConfig(pool={"v": vector}, placement="disk", init=1.0))
+    with pytest.raises(InputError, match=r"'v' has values in 'layer.bias' that are not finite"):
+        model(torch.ones(1, 8))
+
+
+def test_a_base_made_in_inference_mode() -> None:
+    pico = MODELS["mlp"]
+    pool = pool_of(pico)
+    expected = run(get_peft_model(pico.model(), AtlasConfig(pool=pool, init=0.1, **pico.targets)), pico.batch())
+    with torch.inference_mode():
+        model = get_peft_model(pico.model(), AtlasConfig(pool=pool, init=0.1, **pico.targets))
+        found = run(model, pico.batch())
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pool": ["a"]}, "a table {name: place}"),
+        ({"exclude_pool": "t1"}, "a list of names"),
+        ({"init": float("nan")}, "init=nan: a finite number"),
+        ({"init": "x"}, "init='x'"),
+        ({"granularity": "partition", "partition": 2.5}, r"partition=2\.5"),
+        ({"granularity": "partition", "partition": True}, "partition=True"),
+        ({"tie_blocks": ["weight", "bias"]}, "a list of lists of endings"),
+        ({"max_vector_bytes": "1GB"}, "max_vector_bytes='1GB'"),
+    ],
+)
+def test_arguments_of_another_kind(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AtlasConfig(**{"pool": {"t1": "a"}, **fields})
+
+
+def test_vectors_of_a_file_cannot_be_left_out_afterwards(tmp_path: Path) -> None:
+    adapter, _, _ = saved(tmp_path)
+    config = AtlasConfig.from_pretrained(str(adapter))
+    config.exclude_pool = [config.vector_names[0]]
+    with pytest.raises(ValueError, match=r"exclude_pool=.*the file has coefficients"):
+        PeftModel.from_pretrained(MODELS["llama"].model(), str(adapter), config=config)

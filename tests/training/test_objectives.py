@@ -96,3 +96,19 @@ def test_the_trusted_set_is_what_was_chosen_and_no_more() -> None:
 
 def test_the_threshold_rises() -> None:
     assert [threshold_at(share) for share in (-1, 0, 0.5, 1, 2)] == pytest.approx([0.9, 0.9, 0.945, 0.99, 0.99])
+
+
+def test_a_class_that_is_masked_out_has_no_share() -> None:
+    logits = torch.tensor([[1.0, 2.0, -torch.inf]], requires_grad=True)
+    loss = entropy_loss(logits)
+    loss.backward()
+    torch.testing.assert_close(loss, entropy_loss(logits[:, :2]))
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_samples_that_are_not_trusted_need_no_label() -> None:
+    logits = torch.randn(3, 4)
+    trusted = torch.tensor([True, False, False])
+    labels = [torch.tensor([1, other, other]) for other in (-100, 2)]
+    assert torch.equal(*(ufm_loss(logits, logits, 0.99, trusted=trusted, labels=label) for label in labels))

@@ -62,3 +62,15 @@ def test_the_search_lowers_a_loss_and_leaves_the_best() -> None:
     again = adapted(granularity="task")
     assert search(again, lambda candidate: float(loss(candidate, batch)), budget=40, seed=1) == lowest
     assert all(float(value.abs().max()) <= 1.5 for value in model.base_model.coefficients().values())
+
+
+def test_a_search_recovers_from_a_loss_that_is_no_number_and_from_an_error() -> None:
+    pico = MODELS["mlp"]
+    model: Any = get_peft_model(pico.model(), AtlasConfig(pool=pool_of(pico)))
+    values = iter([float("nan"), 3.0, 2.0, 4.0])
+    assert search(model, lambda candidate: next(values), budget=4) == 2.0
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    losses = iter([1.0])
+    with pytest.raises(StopIteration):
+        search(model, lambda candidate: next(losses), budget=3)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
