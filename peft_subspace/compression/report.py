@@ -141,7 +141,9 @@ def compression_report(
         if isinstance(layer, SubspaceLayer) and layer.has_adapter(adapter_name):
             if not layer.delta_cls.replaces_base:
                 raise ValueError(f"The adapter {adapter_name!r} adds to its base and compresses nothing.")
-            found = [_layer(name, layer, container, delta) for container, delta in layer.deltas(adapter_name).items()]
+            found = [
+                _layer(name, layer, container, adapter_name, delta) for container, delta in layer.deltas(adapter_name).items()
+            ]
             layers += found
             gone |= {f"{name}.base_layer.weight" for one in found if not one.is_dense}
     if not layers:
@@ -158,9 +160,9 @@ def compression_report(
     return CompressionReport(layers, before, after, [name for name in dense if not any(part in name for part in copies)])
 
 
-def _layer(name: str, layer: Any, container: str, delta: Any) -> LayerReport:
+def _layer(name: str, layer: Any, container: str, adapter_name: str, delta: Any) -> LayerReport:
     weight = layer._canonical_weight(container)
-    difference = layer.dense_update(container, delta_name(layer, container, delta)).float()
+    difference = layer.dense_update(container, adapter_name).float()
     suffix = "" if len(layer.geometries) == 1 else f".{layer.geometries[container][0]}"
     factors = [p for key, p in delta.named_parameters() if key != "bias"]
     return LayerReport(
@@ -173,11 +175,6 @@ def _layer(name: str, layer: Any, container: str, delta: Any) -> LayerReport:
         float(difference.abs().max()),
         delta.geometry.reads_own_weight,
     )
-
-
-def delta_name(layer: Any, container: str, delta: Any) -> str:
-    """The adapter that a Delta belongs to."""
-    return next(name for name, other in getattr(layer, container).items() if other is delta)
 
 
 def _size(base: nn.Module, gone: set[str]) -> Cost:

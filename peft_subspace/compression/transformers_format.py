@@ -83,11 +83,11 @@ def untie(model: Any, names: Iterable[str]) -> None:
     """Take a model's weight ties off, all of them, if one ends at a compressed layer: what is left of it is no partner."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if any(key in (f"{name}.weight", f"{name}.bias") for name in names for pair in tied.items() for key in pair):
-        for one, other in tied.items():
+        for one in tied:
             owner, _, parameter = one.rpartition(".")
             module = model.get_submodule(owner)
             shared = module._parameters.get(parameter)
-            if shared is not None and one.removesuffix(f".{parameter}") != other:
+            if shared is not None:
                 module._parameters[parameter] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
         model.all_tied_weights_keys = {}
         model.config.tie_word_embeddings = False

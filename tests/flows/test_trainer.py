@@ -39,8 +39,9 @@ def adapted(name: str, method: Method = METHODS["FLORA"], **fields: Any) -> Peft
     return get_peft_model(base, method.make(MODELS[name], **{"dropout": 0.1, **MODELS[name].targets, **fields}))
 
 
-def trainer(name: str, folder: Path, model: Any = None, method: Method = METHODS["FLORA"], **arguments: Any) -> Trainer:
-    args = TrainingArguments(
+def arguments_for(folder: Path, **arguments: Any) -> TrainingArguments:
+    """Six short steps on the CPU, every one logged; anything else by name."""
+    return TrainingArguments(
         **{
             "output_dir": str(folder),
             "use_cpu": True,
@@ -55,6 +56,10 @@ def trainer(name: str, folder: Path, model: Any = None, method: Method = METHODS
             **arguments,
         }
     )
+
+
+def trainer(name: str, folder: Path, model: Any = None, method: Method = METHODS["FLORA"], **arguments: Any) -> Trainer:
+    args = arguments_for(folder, **arguments)
     rows = examples(name)
     return Trainer(adapted(name, method) if model is None else model, args, train_dataset=rows, eval_dataset=rows[:8])
 

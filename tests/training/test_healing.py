@@ -12,7 +12,6 @@ import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainingArguments
 
 from peft_subspace import PelaConfig
 from peft_subspace.training import (
@@ -24,7 +23,7 @@ from peft_subspace.training import (
     perturbation_penalty,
     recorded_features,
 )
-from tests.flows.test_trainer import examples
+from tests.flows.test_trainer import arguments_for, examples
 from tests.pico import MODELS, run, train
 from tests.processes import REPOSITORY, run_python
 
@@ -349,21 +348,7 @@ def tf_lora() -> Any:
 
 
 def trainer(folder: Path, healing: Healing, model: Any, name: str = "bert", **arguments: Any) -> HealingTrainer:
-    args = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "seed": 5,
-            "dataloader_pin_memory": False,
-            **arguments,
-        }
-    )
+    args = arguments_for(folder, **arguments)
     rows = examples(name)
     return HealingTrainer(healing=healing, model=model, args=args, train_dataset=rows, eval_dataset=rows[:8])
 
