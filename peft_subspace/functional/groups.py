@@ -33,6 +33,14 @@ class Groups:
         return Groups, (self.count, self._make)
 
 
+def along(geometry: Any, axis: int, length: int) -> Tensor:
+    """The index along one axis of the canonical layout, in steps of `length`, for every entry of the flat module layout."""
+    sizes = [-1 if a == axis else 1 for a in range(len(geometry.shape))]
+    index = torch.arange(geometry.shape[axis], dtype=torch.int32) // length
+    found: Tensor = geometry.native(index.view(sizes).expand(geometry.shape)).reshape(-1)
+    return found
+
+
 def partition(size: int, parts: int, seed: int, name: str) -> Tensor:
     """A fixed, evenly random part for every entry of a weight, `[size]` uint8.
 

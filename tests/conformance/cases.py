@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from peft_subspace import AtlasConfig, FloraConfig, PelaConfig, SvfitConfig
+from peft_subspace import AtlasConfig, ConcreteConfig, FloraConfig, PelaConfig, SvfitConfig
 
 FLORA = {"r": 4}
 # The suite trains with plain SGD at a learning rate of 0.5 on inputs up to 90 and the sum as loss. There the step grows
@@ -123,6 +123,22 @@ CASES = [
             "MHA": ["mha", "lin0"],
         }.items()
     ),
+    ("Concrete MLP 1", "MLP", ConcreteConfig, {**MLP, "target_modules": "lin0"}),
+    ("Concrete MLP 2", "MLP", ConcreteConfig, {**MLP, "target_modules": ["lin0"], "granularity": "row"}),
+    ("Concrete MLP 3", "MLP", ConcreteConfig, {**MLP, "target_modules": ["lin1"], "learn_coefficients": "layer"}),
+    ("Concrete MLP 4", "MLP", ConcreteConfig, {**MLP, "target_modules": ["lin0", "lin1"], "granularity": "column"}),
+    ("Concrete MLP 5", "MLP", ConcreteConfig, {**MLP, "target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("Concrete MLP 6", "MLP", ConcreteConfig, {**MLP, "target_modules": ["lin0"], "eval_mask": "sample", "rescale": False}),
+    *(
+        (f"Concrete {model}", model, ConcreteConfig, {"pool": POOLS[model], "target_modules": targets})
+        for model, targets in {
+            "EmbConv1D": ["emb", "conv1d"],
+            "Conv1d": ["conv1d"],
+            "Conv2d": ["conv2d", "lin0"],
+            "Conv3d": ["conv3d"],
+            "MHA": ["mha", "lin0"],
+        }.items()
+    ),
     ("PELA MLP 1", "MLP", PelaConfig, {**PELA, "target_modules": "lin0"}),
     ("PELA MLP 2", "MLP", PelaConfig, {**PELA, "target_modules": ["lin0"]}),
     ("PELA MLP 3", "MLP", PelaConfig, {"r": 1, "target_modules": ["lin1"]}),
@@ -207,6 +223,7 @@ MIXED_BATCH_CASES = [
     ),
 ]
 CAPABILITIES = {
+    ConcreteConfig: {"conv1d": True, "merge": True},
     AtlasConfig: {"conv1d": True, "merge": True},
     PelaConfig: {"conv1d": True, "merge": True},
     FloraConfig: {"conv1d": True, "merge": True},
