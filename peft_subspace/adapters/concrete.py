@@ -22,8 +22,8 @@ from ..base.delta import Weight
 from ..functional import composition
 from ..functional.bits import pack_bits, unpack_bits
 from ..functional.composition import Dense, LowRank, Vector
-from ..functional.concrete_mask import Mask, Masked, masked_sum
-from ..functional.groups import Groups, along
+from ..functional.concrete_mask import Mask, Masked, add_weighted, masked_sum
+from ..functional.groups import groups_from
 from ..registration import register
 from ..task_vectors.pool import DTYPES
 from .blocks import OpenedPool
@@ -131,7 +131,9 @@ class ConcreteDelta(Delta):
         self.folded: tuple[Any, ...] | None = None  # what the fixed coefficients were when the vectors were summed
         self.shape = tuple(geometry.native(torch.empty(geometry.shape, device="meta")).shape)
         self.by_rank: bool = config.granularity == "rank" and opened is not None and opened.is_low_rank(config.block)
-        self.groups = groups_of(geometry, config.granularity)
+        self.spec = groups_of(geometry, config.granularity)
+        self.groups = None if self.spec is None else groups_from(self.spec, self.shape)
+        self.parameter_name: str = config.block  # `block` is the name of a tied tensor that the pool knows
         self.draw = 0  # number of the sample
         self._drawn_for: int | None = None
         self.learns_mask: bool = config.train_mask and not config.has_bits
@@ -170,7 +172,7 @@ class ConcreteDelta(Delta):
         if owner is self:
             self.coefficients = nn.Parameter(start)
         else:
-            self.__dict__["coefficient_owner"] = owner
+            self.__dict__["other_owner"] = owner
 
     @classmethod
     def check(cls, geometry: Geometry, config: Any) -> None:
@@ -197,7 +199,7 @@ class ConcreteDelta(Delta):
     @property
     def trained(self) -> tuple[Tensor, ...]:
         owner = self.owner
-        return (owner.bits if owner.bits is not None else owner.logits, owner._coefficients())
+        return (owner.bits if owner.bits is not None else owner.logits, self.coefficient_owner.coefficients)
 
     @property
     def bits(self) -> Tensor | None:
@@ -205,8 +207,11 @@ class ConcreteDelta(Delta):
         found = self._buffers.get("mask")
         return found
 
-    def _coefficients(self) -> Tensor:
-        return self.__dict__.get("coefficient_owner", self).coefficients
+    @property
+    def coefficient_owner(self) -> ConcreteDelta:
+        """The Delta with the coefficients."""
+        found: ConcreteDelta = self.owner.__dict__.get("other_owner", self.owner)
+        return found
 
     def values(self) -> Tensor:
         """lambda `[T]`, with the constraint."""
@@ -401,12 +406,13 @@ class ConcreteDelta(Delta):
         return (up.t(), down.t()) if self.geometry.swapped else (down, up)
 
 
-def groups_of(geometry: Geometry, granularity: str) -> Groups | None:
-    """The rows or columns that have logits of their own; None where every entry has one."""
+def groups_of(geometry: Geometry, granularity: str) -> dict[str, Any] | None:
+    """The rows or columns that have logits of their own, for `groups_from` and the file; None where every entry has one."""
     axis = {"row": 0, "column": 1}.get(granularity)
     if axis is None or len(geometry.shape) < 2:
         return None
-    return Groups(geometry.shape[axis], partial(along, geometry, axis, 1))
+    swapped = geometry.groups if geometry.swapped else 0
+    return {"count": geometry.shape[axis], "axis": axis, "length": 1, "swapped": swapped}
 
 
 def _kept(config: Any) -> tuple[Any, ...]:
@@ -424,15 +430,16 @@ def _folded(vectors: Any, numbers: list[float], shape: tuple[int, ...], config: 
         if isinstance(vector, LowRank) and total is None:
             factors.append(LowRank(vector.left * number, vector.right))
             continue
-        total = torch.zeros(shape) if total is None else total
-        composition.accumulate(total, [vector], torch.tensor([number]))
+        total = torch.zeros(math.prod(shape)) if total is None else total
+        add_weighted(total, vector, number)
     if total is None:
         if not factors:
             return Dense(torch.zeros(math.prod(shape)))
         return LowRank(torch.cat([f.left for f in factors], 1), torch.cat([f.right for f in factors]))
-    composition.accumulate(total, factors, torch.ones(len(factors)))
+    for vector in factors:
+        add_weighted(total, vector, 1.0)
     scale = float(total.abs().max()) if config.vector_dtype == "float16" else 1.0
-    return Dense((total / (scale or 1.0)).reshape(-1).to(DTYPES[config.vector_dtype]), scale, config.placement == "device")
+    return Dense((total / (scale or 1.0)).to(DTYPES[config.vector_dtype]), scale, config.placement == "device")
 
 
 class ConcreteModel(PooledModel):
@@ -453,6 +460,21 @@ class ConcreteModel(PooledModel):
             else:
                 found[key] = tensor.to(getattr(torch, config.save_mask))
         return found
+
+    def _record_decisions(self, adapter_name: str) -> None:
+        """Note which tensors of the file belong to which parameter: a merge without the model needs it."""
+        super()._record_decisions(adapter_name)
+        places = {d: name.removesuffix(f".{adapter_name}") for name, d in self.model.named_modules()}
+        blocks: dict[str, dict[str, Any]] = {}
+        for _, layer in self.named_subspace_layers():
+            for delta in layer.deltas(adapter_name).values():
+                entry = {"mask": places[delta.owner], "coefficients": f"{places[delta.coefficient_owner]}.coefficients"}
+                entry |= {} if delta.spec is None else {"groups": delta.spec}
+                entry |= {"by_rank": True} if delta.by_rank else {}
+                blocks[delta.parameter_name] = entry | ({} if delta.block == delta.parameter_name else {"tied": delta.block})
+        provenance = self.peft_config[adapter_name].provenance
+        assert provenance is not None  # since `_prepare_model`
+        provenance["blocks"] = blocks
 
     def _deltas(self, adapter_name: str) -> list[ConcreteDelta]:
         """Those with tensors of their own."""

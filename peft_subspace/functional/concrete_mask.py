@@ -111,14 +111,10 @@ class Masked:
 
     def _delta(self, start: int, stop: int, like: Tensor, numbers: Sequence[Any]) -> Tensor:
         """delta [start, stop), a tensor of its own."""
-        terms = [(number, vector) for number, vector in zip(numbers, self.vectors, strict=True) if vector is not None]
-        if not terms:
-            return torch.zeros_like(like)
-        (number, vector), *rest = terms
-        total = vector.part(start, stop, like) * number
-        for number, vector in rest:
-            total.addcmul_(vector.part(start, stop, like), number)
-        return total
+        parts = [
+            (n, vector.part(start, stop, like)) for n, vector in zip(numbers, self.vectors, strict=True) if vector is not None
+        ]
+        return weighted_sum([number for number, _ in parts], [part for _, part in parts], like)
 
     @torch.no_grad()
     def accumulate(self, total: Tensor) -> None:
@@ -203,6 +199,28 @@ class Masked:
 
 def _cuts(size: int) -> list[tuple[int, int]]:
     return [(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+
+
+def weighted_sum(numbers: Sequence[Any], parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """sum_t lambda_t tau_t of one part, a tensor of its own: the one order of roundings, in training and in files.
+
+    Args:
+        numbers: lambda, tensors of no dimension.
+        parts: of each tau.
+        like: of the shape and dtype of the sum, if there is none.
+    """
+    total = torch.zeros_like(like)
+    for number, part in zip(numbers, parts, strict=True):
+        total.addcmul_(part, number)
+    return total
+
+
+def add_weighted(total: Tensor, vector: Vector, number: float) -> None:
+    """total += lambda tau, flat, in place and by parts, with the roundings of `weighted_sum`."""
+    factor = torch.tensor(number, dtype=total.dtype, device=total.device)
+    for start, stop in _cuts(total.numel()):
+        part = total[start:stop]
+        part.addcmul_(vector.part(start, stop, part), factor)
 
 
 def masked_sum(delta: Tensor, mask: Tensor, rescale: bool = True) -> Tensor:

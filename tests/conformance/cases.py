@@ -140,7 +140,7 @@ CASES = [
             f"Concrete {model}",
             model,
             ConcreteConfig,
-            {**CONCRETE, "rescale": False, "pool": POOLS[model], "target_modules": targets},
+            {**CONCRETE, "rescale": False, "coefficients": 3.0, "pool": POOLS[model], "target_modules": targets},
         )
         for model, targets in {
             "EmbConv1D": ["emb", "conv1d"],

@@ -13,7 +13,7 @@ from peft_subspace.functional import concrete_mask
 from peft_subspace.functional.bits import pack_bits, unpack_bits
 from peft_subspace.functional.composition import Dense, LowRank, combination
 from peft_subspace.functional.concrete_mask import Mask, Masked, concrete_sample, masked_sum
-from peft_subspace.functional.groups import Groups
+from peft_subspace.functional.groups import Groups, groups_from
 from peft_subspace.functional.noise import odds
 
 SHAPE = (6, 10)
@@ -27,7 +27,7 @@ def vectors() -> list[Any]:
 
 
 def rows() -> Groups:
-    return Groups(6, lambda: torch.arange(6).repeat_interleave(10))
+    return groups_from({"count": 6, "axis": 0, "length": 1, "swapped": 0}, SHAPE)
 
 
 @pytest.fixture(params=[2**16, 8], ids=["one chunk", "chunks of 8"])

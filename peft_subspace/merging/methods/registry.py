@@ -83,6 +83,7 @@ class Inputs:
         reduced: What the method's passes over the whole tensor found, by their names.
         semantics: Whose definition to follow where tools differ.
         statistics: K tensors that belong to this one (`Method.statistics`), or None.
+        learned: What was learned for this tensor (`Method.learned`), or None.
     """
 
     base: Tensor | None
@@ -97,6 +98,7 @@ class Inputs:
     reduced: Mapping[str, Any] = field(default_factory=dict)
     semantics: Semantics = "mergekit"
     statistics: Sequence[Tensor] | None = None
+    learned: Any = None
 
 
 class Pass(Protocol):
@@ -156,6 +158,8 @@ class Method:
         aliases: Other names of it.
         fallback: What is done with tensors that the method is not defined on, in words.
         whole_model: Semantics in which the passes go over all tensors of the model together, before any is merged.
+        learned: For a method that merges by a saved adapter, "module:function" that reads what it learned for one tensor
+            (`merging.learned` has the rules); empty for a method that merges by numbers of the recipe.
     """
 
     name: str
@@ -173,6 +177,12 @@ class Method:
     aliases: tuple[str, ...] = ()
     fallback: str = ""
     whole_model: tuple[Semantics, ...] = ()
+    learned: str = ""
+
+    @property
+    def learned_tensor(self) -> Callable[..., Any]:
+        """The function behind `learned`; imports its module, which needs no torch for it."""
+        return _resolve(self.learned)
 
     @property
     def merge(self) -> Kernel:
