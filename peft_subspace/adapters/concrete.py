@@ -468,7 +468,8 @@ class ConcreteModel(PooledModel):
         blocks: dict[str, dict[str, Any]] = {}
         for _, layer in self.named_subspace_layers():
             for delta in layer.deltas(adapter_name).values():
-                entry = {"mask": places[delta.owner], "coefficients": f"{places[delta.coefficient_owner]}.coefficients"}
+                entry: dict[str, Any] = {"name": delta.block, "mask": places[delta.owner]}
+                entry |= {"coefficients": f"{places[delta.coefficient_owner]}.coefficients"}
                 entry |= {} if delta.spec is None else {"groups": delta.spec}
                 entry |= {"by_rank": True} if delta.by_rank else {}
                 blocks[delta.parameter_name] = entry | ({} if delta.block == delta.parameter_name else {"tied": delta.block})

@@ -143,10 +143,7 @@ class Masked:
         return per_group[self.groups.part(start, stop, like.device)]
 
     def _scale(self, mean: Tensor) -> Tensor:
-        """1 / mean(m); 0 for a mask that lets nothing through, whose sum is 0 as it is."""
-        if not self.rescale:
-            return torch.ones_like(mean)
-        return torch.where(mean > 0, 1 / mean, 0.0)
+        return _inverse(mean) if self.rescale else torch.ones_like(mean)
 
     @torch.no_grad()
     def pull_back(self, grad: Tensor, logits: bool = True, coefficients: bool = True) -> tuple[Tensor | None, Tensor | None]:
@@ -199,6 +196,19 @@ class Masked:
 
 def _cuts(size: int) -> list[tuple[int, int]]:
     return [(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+
+
+def _inverse(mean: Tensor) -> Tensor:
+    """1 / mean(m); 0 for a mask that lets nothing through, whose sum is 0 as it is."""
+    return torch.where(mean == 0, 0.0, 1 / mean)
+
+
+def mean_scale(mask: Mask) -> Tensor:
+    """1 / mean(m), float64, of a mask that may lie in a file; a pass over it, with the roundings of `Masked`."""
+    size, found = mask.logits.numel(), torch.zeros((), dtype=torch.float64)
+    for start, stop in _cuts(size):
+        found += mask.part(start, stop).sum(dtype=torch.float64)
+    return _inverse(found / size)
 
 
 def weighted_sum(numbers: Sequence[Any], parts: Sequence[Tensor], like: Tensor) -> Tensor:
