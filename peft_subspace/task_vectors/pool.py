@@ -142,8 +142,13 @@ class Pool:
 
     def each(self, name: str) -> Iterator[Vector | None]:
         """The same one after the other: a dense vector that is dropped before the next is asked for leaves its memory."""
-        for entry in self.entries:
-            yield self._vector(entry, entry.names[name]) if name in entry.names else None
+        for number in range(len(self.entries)):
+            yield self.one(name, number)
+
+    def one(self, name: str, number: int) -> Vector | None:
+        """tau of one parameter and entry; see `vectors`."""
+        entry = self.entries[number]
+        return self._vector(entry, entry.names[name]) if name in entry.names else None
 
     def ranks(self, name: str) -> list[int]:
         """Of the vectors that have a tensor for a parameter; 0 for one that has no factors."""
