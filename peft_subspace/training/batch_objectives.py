@@ -1,7 +1,7 @@
 """Objectives of a model and a batch, for a loop of one's own or `CoefficientTrainer`: negation, entropy, UFM.
 
-Each is called with a model, its inputs and the `Moment`, and returns a loss and the output of the model. `training.objectives` has
-the same as pure functions of logits, with their sources.
+Each is called with a model, its inputs and the `Moment`, and returns a loss and the output of the model.
+`training.objectives` has the same as pure functions of logits, with their sources.
 """
 
 from __future__ import annotations
