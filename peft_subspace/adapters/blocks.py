@@ -205,7 +205,7 @@ def _narrow(config: Any, model: nn.Module, names: set[str]) -> None:
 def _check_size(config: Any, opened: OpenedPool) -> None:
     if config.max_vector_bytes is None:
         return
-    needed = opened.pool.nbytes(sorted({opened.source_of(name) for name in opened.blocks}), config.selected)
+    needed = opened.pool.nbytes(sorted({opened.source_of(name) for name in opened.blocks}), getattr(config, "selected", None))
     if needed > config.max_vector_bytes:
         raise ValueError(
             f"The {len(opened.pool.entries)} task vectors take {needed:,} bytes in {config.vector_dtype}, and "

@@ -42,7 +42,9 @@ def fine_tuned(base: nn.Module, seed: int) -> nn.Module:
     return base
 
 
-def learn(folder: Path, name: str, dtype: torch.dtype = torch.float32, low_rank: bool = False, **fields: Any) -> nn.Module:
+def learn(
+    folder: Path, name: str, dtype: torch.dtype = torch.float32, low_rank: bool = False, kind: Any = AtlasConfig, **fields: Any
+) -> nn.Module:
     """A base, a pool of all kinds of vectors (of LoRAs only with `low_rank`) and a saved adapter on disk; the merged model."""
     base: Any = MODELS[name].model(dtype)
     base.save_pretrained(folder / "base")
@@ -60,7 +62,7 @@ def learn(folder: Path, name: str, dtype: torch.dtype = torch.float32, low_rank:
         pool |= {"whole": str(folder / "whole"), "file": write_vector(folder / "file.safetensors", small)}
     base = type(base).from_pretrained(folder / "base", dtype=dtype)
     base.train(False)
-    config = AtlasConfig(pool=pool, base=str(folder / "base"), init_weights=False, **fields)
+    config = kind(pool=pool, base=str(folder / "base"), init_weights=False, **fields)
     model = get_peft_model(base, config)
     model.save_pretrained(folder / "adapter")
     return model.merge_and_unload()  # type: ignore[no-any-return, operator]
