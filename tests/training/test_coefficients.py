@@ -19,6 +19,7 @@ from peft_subspace.training.objectives import entropy_loss
 from tests.flows.test_trainer import arguments_for, examples
 from tests.pico import MODELS
 from tests.pools import pool_of
+from tests.processes import REPOSITORY, run_python
 
 ROWS = examples("bert")
 
@@ -166,3 +167,16 @@ def test_negation_says_what_it_needs(tmp_path: Path) -> None:
         CoefficientTrainer(model=adapted(), args=arguments_for(tmp_path), train_dataset=ROWS, objective=Negation())
     with pytest.raises(ValueError, match="Negation needs labelled inputs and a labelled control batch"):
         Negation()(adapted(), batch_of(ROWS[:4]), Moment())
+
+
+def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
+    """Two forwards before one backward, through DDP."""
+    script = REPOSITORY / "tests/training/ddp_coefficients.py"
+    run_python("-m torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["world"] == 2
+    assert set(report["objectives"]) == {"Negation", "Entropy", "Ufm"}
+    for name, found in report["objectives"].items():
+        assert found["losses"] == pytest.approx(found["expected"], rel=1e-4, abs=1e-5), name
+        assert found["losses"][-1] < found["losses"][0], name
+        assert found["difference"] < 1e-4, name
