@@ -33,7 +33,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entries.append({
             "task": task, "method": method, "shots": shots, "rate": group[0]["rate"], "parameters": group[0]["parameters"],
             "accuracies": [round(score, 4) for score in scores], "mean": statistics.mean(scores),
-            "deviation": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+            "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
             "cpu_seconds": statistics.mean(run["cpu_seconds"] for run in group),
         })  # fmt: skip
     return entries
@@ -50,6 +50,14 @@ def wins(runs: Sequence[dict[str, Any]], method: str, other: str) -> dict[str, i
     return counts
 
 
+def _cell(entry: dict[str, Any] | None) -> str:
+    """Mean, deviation and how many seeds there are."""
+    if entry is None:
+        return "-"
+    deviation, seeds = entry["deviation"], len(entry["accuracies"])
+    return f"{100 * entry['mean']:.1f}" + (f" ± {100 * deviation:.1f} ({seeds})" if seeds > 1 else " (1)")
+
+
 def report(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     """Print the table, write `few-shot.json`, draw `few-shot.png`."""
     entries = summary(runs)
@@ -62,10 +70,7 @@ def report(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     for method, shots in sorted(
         rows, key=lambda row: (row[0] in ("none", "entropy", "ufm"), row[1], list(LABELS).index(row[0]))
     ):
-        cells = [
-            f"{100 * e['mean']:.1f} ± {100 * e['deviation']:.1f}" if (e := at.get((task, method, shots))) else "-"
-            for task in tasks
-        ]
+        cells = [_cell(at.get((task, method, shots))) for task in tasks]
         table.add_row(LABELS[method], str(shots), *cells)
     Console(width=100).print(table)
     for name, counts in compared.items():
@@ -83,7 +88,7 @@ def draw(at: dict[tuple[Any, ...], dict[str, Any]], tasks: Sequence[str], path: 
     for panel, task in zip(axes, tasks, strict=False):
         for method in ("probe", "lora", "atlas"):
             found = sorted((e for (t, m, _), e in at.items() if (t, m) == (task, method)), key=lambda e: e["shots"])
-            heights, spread = [100 * e["mean"] for e in found], [100 * e["deviation"] for e in found]
+            heights, spread = [100 * e["mean"] for e in found], [100 * (e["deviation"] or 0.0) for e in found]
             panel.errorbar([e["shots"] for e in found], heights, spread, marker="o", capsize=2, label=LABELS[method])
         panel.set(title=task, xscale="log", xlabel="shots of each class", ylabel="accuracy, %")
         panel.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
@@ -92,7 +97,11 @@ def draw(at: dict[tuple[Any, ...], dict[str, Any]], tasks: Sequence[str], path: 
         found = [at[task, method, 16] for task in tasks if (task, method, 16) in at]
         places = [place + 0.27 * (number - 1) for place in range(len(found))]
         axes[-1].bar(
-            places, [100 * e["mean"] for e in found], 0.25, yerr=[100 * e["deviation"] for e in found], label=LABELS[method]
+            places,
+            [100 * e["mean"] for e in found],
+            0.25,
+            yerr=[100 * (e["deviation"] or 0.0) for e in found],
+            label=LABELS[method],
         )
     axes[-1].set(title="at test time, unlabelled", ylabel="accuracy, %")
     axes[-1].set_xticks(range(len(tasks)), tasks)
