@@ -158,9 +158,13 @@ class Pool:
     def each(self, name: str, selected: Collection[str] | None = None) -> Iterator[Vector | None]:
         """The same one after the other: a dense vector that is dropped before the next is asked for leaves its memory."""
         used = self.names if selected is None else selected
-        for entry in self.entries:
-            there = name in entry.names and entry.name in used
-            yield self._vector(entry, entry.names[name]) if there else None
+        for number, entry in enumerate(self.entries):
+            yield self.one(name, number) if entry.name in used else None
+
+    def one(self, name: str, number: int) -> Vector | None:
+        """tau of one parameter and entry; see `vectors`."""
+        entry = self.entries[number]
+        return self._vector(entry, entry.names[name]) if name in entry.names else None
 
     def ranks(self, name: str) -> list[int]:
         """Of the vectors that have a tensor for a parameter; 0 for one that has no factors."""
