@@ -32,7 +32,8 @@ class PooledConfig(SubspaceConfig):
         vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with a scale for each tensor.
         placement: "device" keeps dense vectors where the weights are, "cpu" in the host's memory, "disk" in their files.
         max_vector_bytes: refuse a pool that takes more memory.
-        strict: refuse vectors with tensors that fit no parameter of the model.
+        strict: refuse vectors with tensors that fit no parameter of the model or cannot be composed, and differences from
+            another base than the model.
         provenance: filled in: hashes of the vectors and samples of the base; a file's are checked on loading.
     """
 
