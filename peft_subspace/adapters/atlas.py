@@ -9,40 +9,31 @@ official code, `fredzzhang/atlas`; the paper's tables could not be read. What di
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..base import Delta, Geometry, SubspaceConfig, SubspaceModel
+from ..base import Delta, Geometry
 from ..base.delta import Weight
 from ..functional import composition
 from ..functional.composition import LowRank, Vector
 from ..functional.groups import MAX_PARTS, Groups, groups_from
 from ..registration import register
-from ..task_vectors.pool import DTYPES, reference_text
-from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR
-from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
+from .blocks import OpenedPool
+from .pooled import PooledConfig, PooledModel
 
 GRANULARITIES = ("task", "block", "row", "column", "partition")
 
 
 @dataclass
-class AtlasConfig(SubspaceConfig):
+class AtlasConfig(PooledConfig):
     """aTLAS: `W' = W + sum_t lambda_t tau_t` with frozen task vectors; only the coefficients are trained and saved.
 
     Args:
-        pool: name -> task vector: a fine-tuned model, a LoRA, FLoRA or SVFit adapter, or a task-vector file, as a folder, a
-            file or a Hub id (`model@revision`), or `{"path": ..., "revision": ..., "base": ...}`.
-        base: the base of whole models in the pool, if it is not the model's own `name_or_path`.
-        exclude_pool: names to leave out (the target task's own vector, in the leave-one-out protocol).
-        target_modules: as everywhere; None takes every parameter that the pool changes.
-        block_types: kinds of parameters that become blocks: "linear", "conv", "embedding", "norm", "bias", "other".
         granularity: what has a coefficient of its own for each vector: "block" (a parameter tensor; the paper), "task" (the
             whole model: learned task arithmetic), "row" or "column" (output or input channel), "partition" (K random parts of a
             block).
@@ -55,27 +46,13 @@ class AtlasConfig(SubspaceConfig):
         selected: name of a parameter -> names of the vectors that it is composed of; all, where it says nothing. Others are not
             read there and their coefficients stay at zero. `training.selection.select_vectors` makes it from gradients.
         nonnegative: keep coefficients at or above zero (a negative one counts as zero and gets no gradient).
-        vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with a scale for each tensor.
-        placement: "device" keeps dense vectors where the weights are, "cpu" in the host's memory, "disk" in their files.
-        max_vector_bytes: refuse a pool that takes more memory, factors of low-rank vectors included.
-        strict: refuse vectors with tensors that fit no parameter of the model or cannot be composed, and differences from
-            another base than the model.
-        provenance: filled in: hashes of the vectors and samples of the base; a file's are checked on loading.
+        pool, base, exclude_pool, block_types, vector_dtype, placement, max_vector_bytes, strict, provenance: of `PooledConfig`.
+            In the leave-one-out protocol `exclude_pool` has the target task's own vector.
     """
 
     method: ClassVar[str] = "ATLAS"
     title: ClassVar[str] = "aTLAS"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.02880"
-    patterns: ClassVar[dict[str, str]] = {}
-    # PEFT saves an embedding whole where it is adapted, except by methods that train single tokens: of those, none.
-    trainable_token_indices: ClassVar[dict[str, Any]] = {}
-    opened: ClassVar[OpenedPool | None] = None  # of an instance, once it was put on a model
-    block: ClassVar[str] = ""  # of the config of one weight: its name
-
-    pool: dict[str, Any] = field(default_factory=dict, metadata={"help": "Name -> task vector."})
-    base: str | None = field(default=None, metadata={"help": "The base of whole models in the pool."})
-    exclude_pool: list[str] = field(default_factory=list, metadata={"help": "Vectors to leave out."})
-    block_types: list[str] = field(default_factory=lambda: list(BLOCK_TYPES), metadata={"help": "Kinds of parameters."})
     granularity: Literal["task", "block", "row", "column", "partition"] = field(
         default="block", metadata={"help": "What has a coefficient of its own."}
     )
@@ -86,40 +63,13 @@ class AtlasConfig(SubspaceConfig):
     init: float | dict[str, float] = field(default=0.0, metadata={"help": "Start value of the coefficients."})
     selected: dict[str, list[str]] | None = field(default=None, metadata={"help": "Parameter -> vectors that it is made of."})
     nonnegative: bool = field(default=False, metadata={"help": "Keep coefficients at or above zero."})
-    vector_dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32", metadata={"help": "Of dense vectors."})
-    placement: Literal["device", "cpu", "disk"] = field(default="device", metadata={"help": "Where dense vectors are."})
-    max_vector_bytes: int | None = field(default=None, metadata={"help": "Most memory that the pool may take."})
-    strict: bool = field(default=True, metadata={"help": "Refuse vectors that do not fit whole."})
-    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in: hashes of vectors and base."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dropout or self.rank_pattern:
-            raise ValueError(
-                f"dropout={self.dropout!r}, rank_pattern={self.rank_pattern!r}: composed weights have neither. Leave them out."
-            )
-        choices: dict[str, tuple[str, ...]] = {
-            "granularity": GRANULARITIES,
-            "vector_dtype": tuple(DTYPES),
-            "placement": ("device", "cpu", "disk"),
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
-        if not isinstance(self.pool, dict) or isinstance(self.exclude_pool, str):
-            raise ValueError(
-                f"pool={self.pool!r}, exclude_pool={self.exclude_pool!r}: a table {{name: place}} and a list of names are "
-                f"expected."
-            )
+        self.check_choice("granularity", GRANULARITIES)
         starts = self.init.values() if isinstance(self.init, dict) else [self.init]
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in starts):
             raise ValueError(f"init={self.init!r}: a finite number, or a table of them by name, is expected.")
-        if not (self.max_vector_bytes is None or isinstance(self.max_vector_bytes, int)):
-            raise ValueError(f"max_vector_bytes={self.max_vector_bytes!r}: a number of bytes is expected.")
-        self.pool = {name: os.fspath(s) if isinstance(s, os.PathLike) else s for name, s in self.pool.items()}
-        unknown = [kind for kind in self.block_types if kind not in BLOCK_TYPES]
-        if unknown or not self.block_types:
-            raise ValueError(f"block_types={self.block_types!r}: accepted are {', '.join(map(repr, BLOCK_TYPES))}.")
         self._check_groups()
         self._check_names()
 
@@ -143,29 +93,8 @@ class AtlasConfig(SubspaceConfig):
             raise ValueError(
                 "selected: blocks that share coefficients (granularity='task', tie_blocks) share their vectors too."
             )
-        unknown = sorted(set(self.exclude_pool) - set(self.pool))
-        unknown += sorted(set(self.init) - set(self.pool)) if isinstance(self.init, dict) else []
-        unknown += sorted({name for names in (self.selected or {}).values() for name in names} - set(self.pool))
-        if unknown:
-            raise ValueError(f"{unknown} are not in the pool, which has {sorted(self.pool)}.")
-
-    @property
-    def vector_names(self) -> list[str]:
-        """Names of the vectors in the order of the coefficients: the pool's, or that of the file."""
-        if self.is_from_file and self.provenance is not None:  # a file's JSON keeps the order of a list, not of a table
-            return [record["name"] for record in self.provenance["vectors"]]
-        return [name for name in self.pool if name not in self.exclude_pool]
-
-    @property
-    def summary(self) -> tuple[str, str]:
-        """What a model card says in place of the ranks."""
-        return "Task vectors", ", ".join(f"{name} (`{reference_text(self.pool[name])}`)" for name in self.vector_names)
-
-    def for_layer(self, key: str, weight: str = "weight") -> Any:
-        """This config, with the name of the block."""
-        resolved = super().for_layer(key, weight)
-        resolved.block = block_name(key, weight)
-        return resolved
+        self.check_in_pool(self.init if isinstance(self.init, dict) else ())
+        self.check_in_pool(name for names in (self.selected or {}).values() for name in names)
 
     def start(self, count: int) -> list[float]:
         """Start value of every vector's coefficients."""
@@ -261,6 +190,11 @@ class AtlasDelta(Delta):
         (coefficients,) = self.trained
         return coefficients.clamp_min(0) if self.nonnegative else coefficients
 
+    def file_entry(self, places: Mapping[Any, str]) -> dict[str, Any]:
+        """Where the file has this block's coefficients; see `PooledModel`."""
+        owner = self.__dict__.get("leader", self)
+        return {"coefficients": f"{places[owner]}.coefficients", **({} if self.spec is None else {"groups": self.spec})}
+
     # The vectors -------------------------------------------------------------------------------------------------------
 
     def is_incomplete(self, saved: dict[str, Tensor] | None = None) -> bool:
@@ -354,36 +288,11 @@ def _inner_products(
     return (found if open_ is None else found * open_,)
 
 
-class AtlasModel(SubspaceModel):
+class AtlasModel(PooledModel):
     """The tuner of aTLAS."""
 
     prefix = "atlas_"
     delta_cls = AtlasDelta
-    peft_config: dict[str, AtlasConfig]
-
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        peft_config.opened = open_blocks(peft_config, model)
-        if peft_config.target_modules is None and not peft_config.target_parameters:
-            peft_config.target_modules, peft_config.target_parameters = default_targets(peft_config.opened, model, peft_config)
-        super()._prepare_model(peft_config, model)
-
-    def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
-        chosen_blocks(config, model, targets)
-
-    def _record_decisions(self, adapter_name: str) -> None:
-        """Note which tensor of the file has the coefficients of which block: a merge without the model needs it."""
-        super()._record_decisions(adapter_name)
-        found = {d: name for name, d in self.model.named_modules() if isinstance(d, AtlasDelta)}
-        blocks: dict[str, dict[str, Any]] = {}
-        for _, layer in self.named_subspace_layers():
-            for delta in layer.deltas(adapter_name).values():
-                path = found[delta.__dict__.get("leader", delta)].removesuffix(f".{adapter_name}")
-                entry = {"coefficients": f"{path}.coefficients", "groups": delta.spec, "tied": delta.block}
-                defaults = {"groups": None, "tied": delta.parameter_name}
-                blocks[delta.parameter_name] = {k: v for k, v in entry.items() if v != defaults.get(k)}
-        provenance = self.peft_config[adapter_name].provenance
-        assert provenance is not None  # since `_prepare_model`
-        provenance["blocks"] = blocks
 
     def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """Name of every block -> its coefficients `[T]` or `[T, K]`, detached; rows in the order of `config.vector_names`."""
@@ -392,25 +301,6 @@ class AtlasModel(SubspaceModel):
             for _, layer in self.named_subspace_layers()
             for delta in layer.deltas(adapter_name).values()
         }
-
-    @torch.no_grad()
-    def save_task_vector(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
-        """Write sum_t lambda_t tau_t as a task-vector file, for merge recipes, `inspect` and other pools.
-
-        Args:
-            path: ends in `.safetensors`; it appears when it is whole.
-            adapter_name: the adapter.
-        """
-        tensors = {}
-        for _, layer in self.named_subspace_layers():
-            for container, delta in layer.deltas(adapter_name).items():
-                dense = delta.geometry.native(layer.dense_update(container, adapter_name))
-                tensors[delta.block] = dense.float().cpu().contiguous()
-        base = str(self.peft_config[adapter_name].base_model_name_or_path or "")
-        metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": base, "version": "1"}
-        partial = f"{os.fspath(path)}.partial"
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
 
     def coefficient_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer groups: the coefficients with a rate of their own, then whatever else is trained.

@@ -183,13 +183,14 @@ def _check_ties(config: Any, opened: OpenedPool) -> None:
     sharing: dict[str, list[str]] = {}
     for name in sorted(opened.blocks):
         sharing.setdefault(opened.source_of(name), []).append(name)
-    splits = tuple(config.fused_splits)
+    fused = getattr(config, "fused_splits", {})
+    splits = tuple(fused)
     for tied in sharing.values():
         in_parts = config.granularity in ("row", "column", "partition") or any(n.endswith(splits) for n in tied if splits)
         if len(tied) > 1 and in_parts:
             raise ValueError(
                 f"{' and '.join(tied)} are one tensor, which cannot be composed in parts (granularity={config.granularity!r}, "
-                f"fused_splits={config.fused_splits!r}). Use granularity='block', or leave these layers out (exclude_modules)."
+                f"fused_splits={fused!r}). Use granularity='block', or leave these layers out (exclude_modules)."
             )
 
 

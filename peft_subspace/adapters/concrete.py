@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -188,6 +188,13 @@ class ConcreteDelta(Delta):
     @classmethod
     def applies(cls, config: Any) -> bool:
         return config.opened is None or config.block in config.opened.blocks
+
+    def file_entry(self, places: Mapping[Any, str]) -> dict[str, Any]:
+        """Where the file has the mask and the coefficients of this parameter; see `PooledModel`."""
+        entry: dict[str, Any] = {"name": self.block, "mask": places[self.owner]}
+        entry["coefficients"] = f"{places[self.coefficient_owner]}.coefficients"
+        entry |= {} if self.spec is None else {"groups": self.spec}
+        return entry | ({"by_rank": True} if self.by_rank else {})
 
     # Values ------------------------------------------------------------------------------------------------------------
 
@@ -472,22 +479,6 @@ class ConcreteModel(PooledModel):
             else:
                 found[key] = tensor.to(getattr(torch, config.save_mask))
         return found
-
-    def _record_decisions(self, adapter_name: str) -> None:
-        """Note which tensors of the file belong to which parameter: a merge without the model needs it."""
-        super()._record_decisions(adapter_name)
-        places = {d: name.removesuffix(f".{adapter_name}") for name, d in self.model.named_modules()}
-        blocks: dict[str, dict[str, Any]] = {}
-        for _, layer in self.named_subspace_layers():
-            for delta in layer.deltas(adapter_name).values():
-                entry: dict[str, Any] = {"name": delta.block, "mask": places[delta.owner]}
-                entry |= {"coefficients": f"{places[delta.coefficient_owner]}.coefficients"}
-                entry |= {} if delta.spec is None else {"groups": delta.spec}
-                entry |= {"by_rank": True} if delta.by_rank else {}
-                blocks[delta.parameter_name] = entry | ({} if delta.block == delta.parameter_name else {"tied": delta.block})
-        provenance = self.peft_config[adapter_name].provenance
-        assert provenance is not None  # since `_prepare_model`
-        provenance["blocks"] = blocks
 
     def _deltas(self, adapter_name: str) -> list[ConcreteDelta]:
         """Those with tensors of their own."""

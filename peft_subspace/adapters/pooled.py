@@ -42,7 +42,6 @@ class PooledConfig(SubspaceConfig):
     trainable_token_indices: ClassVar[dict[str, Any]] = {}
     opened: ClassVar[OpenedPool | None] = None  # of an instance, once it was put on a model
     block: ClassVar[str] = ""  # of the config of one weight: its name
-    fused_splits: ClassVar[dict[str, int]] = {}  # of methods that cut a fused weight
 
     pool: dict[str, Any] = field(default_factory=dict, metadata={"help": "Name -> task vector."})
     base: str | None = field(default=None, metadata={"help": "The base of whole models in the pool."})
@@ -116,6 +115,26 @@ class PooledModel(SubspaceModel):
 
     def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
         chosen_blocks(config, model, targets)
+
+    def _record_decisions(self, adapter_name: str) -> None:
+        """Note which tensors of the file belong to which parameter: a merge without the model needs it.
+
+        A Delta says so by `file_entry(places)`, with the name in the file of the tensors of every Delta.
+        """
+        super()._record_decisions(adapter_name)
+        places = {
+            module: name.removesuffix(f".{adapter_name}")
+            for name, module in self.model.named_modules()
+            if isinstance(module, self.delta_cls)
+        }
+        blocks: dict[str, dict[str, Any]] = {}
+        for _, layer in self.named_subspace_layers():
+            for delta in layer.deltas(adapter_name).values():
+                tied = {} if delta.block == delta.parameter_name else {"tied": delta.block}
+                blocks[delta.parameter_name] = {**delta.file_entry(places), **tied}
+        provenance = self.peft_config[adapter_name].provenance
+        assert provenance is not None  # since `_prepare_model`
+        provenance["blocks"] = blocks
 
     @torch.no_grad()
     def save_task_vector(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -55,7 +55,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "coefficients of layers": {"learn_coefficients": "layer", "coefficients": {"v0": 0.5, "v2": 1.7}},
     "one coefficient a vector": {"learn_coefficients": "task", "clamp_coefficients": False, "coefficients": -0.4},
     "one vector off": {"coefficients": {"v1": 0.3}},
-    "some parameters left out": {"block_types": ["linear"], "exclude_modules": ["c_proj"]},
+    "some parameters left out": {"block_types": ["linear"], "exclude_modules": ["c_proj", "lm_head"]},
 }
 
 
