@@ -54,13 +54,14 @@ def keep_mask(x: Tensor, low: float, high: float, bits: np.ndarray) -> np.ndarra
 
 
 def draw(inputs: Inputs, k: int) -> np.ndarray | None:
-    """m_k for this part; None for density 1."""
+    """m_k for this part, one bit an entry; None for density 1."""
     given = inputs.per_model[k]
     if given["density"] >= 1:
         return None
     if given["density"] <= 0:
-        return np.zeros(inputs.tensors[k].numel(), dtype=bool)
-    return keep_mask(inputs.tensors[k], *span(given, inputs.semantics), random_bits(inputs, k))
+        return np.zeros(-(-inputs.tensors[k].numel() // 8), np.uint8)
+    kept = keep_mask(inputs.tensors[k], *span(given, inputs.semantics), random_bits(inputs, k))
+    return np.packbits(kept, bitorder="little")
 
 
 def _by_the_paper(inputs: Inputs, k: int) -> Tensor:
