@@ -119,9 +119,20 @@ def _way(plan: Plan) -> Way:
             f"subspace.adapter.method: {asked} is for weighted sums (merge_method linear or task_arithmetic, without density). "
             f"Use `dense` with {recipe.merge_method}."
         )
+    full = next((tensor.name for tensor in plan.tensors if _is_dense(tensor)), None)
+    if asked in ("cat", "exact") and full is not None:
+        raise RecipeError(
+            f"subspace.adapter.method: {asked} is for updates of low rank, and that of {full!r} is dense (of DoRA, of "
+            f"a stack of experts or of a dense task vector). Use `dense`, with a rank or an energy."
+        )
     if asked in ("cat", "exact"):
         return "cat" if asked == "cat" else "exact"
-    return "exact" if sums and asked is None else "dense"
+    return "exact" if sums and asked is None and full is None else "dense"
+
+
+def _is_dense(tensor: TensorPlan) -> bool:
+    """Whether one of the updates of a tensor has no factors."""
+    return any(not isinstance(delta, LowRank) for model in tensor.models for delta in model.deltas)
 
 
 def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
@@ -136,6 +147,11 @@ def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
     if way == "dense":
         delta = merged_tensor(plan, tensor, True, result.reduced).reshape(tensor.shape[0], -1).float()
         rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
+        if not (options.rank or options.energy) and _is_dense(tensor):
+            raise RecipeError(
+                f"the update of {tensor.name!r} is dense, so that it has no rank of its own: set `subspace: {{adapter: {{rank: "
+                f"16}}}}`, or an energy."
+            )
         left, right, discarded = truncated(delta, rank, options.energy)
     else:
         factors, weights = _stacked(plan, tensor)

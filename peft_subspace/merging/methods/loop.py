@@ -79,8 +79,8 @@ class Job:
 
     @property
     def columns(self) -> int:
-        """Length of a row: the tensor's last axis."""
-        return self.shape[-1] if self.shape else 1
+        """Length of a row."""
+        return self.method.row_length(self.shape, self.semantics)
 
 
 def _steps(kind: Kind, job: Job) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -156,6 +157,8 @@ class Method:
         aliases: Other names of it.
         fallback: What is done with tensors that the method is not defined on, in words.
         whole_model: Semantics in which the passes go over all tensors of the model together, before any is merged.
+        second_axis: Semantics in which a kernel of kind "rows" works along the second of three axes or more. Its rows are
+            then whole slices of the first axis, `[slices, rest]`, which `Inputs.shape` tells how to view.
     """
 
     name: str
@@ -173,6 +176,7 @@ class Method:
     aliases: tuple[str, ...] = ()
     fallback: str = ""
     whole_model: tuple[Semantics, ...] = ()
+    second_axis: tuple[Semantics, ...] = ()
 
     @property
     def merge(self) -> Kernel:
@@ -187,6 +191,12 @@ class Method:
     def kind_for(self, options: Mapping[str, Any]) -> Kind:
         """What the kernel needs to see at once, under these global options."""
         return self.kind(options) if callable(self.kind) else self.kind
+
+    def row_length(self, shape: Sequence[int], semantics: Semantics) -> int:
+        """Entries of what a kernel of kind "rows" sees as one row."""
+        if semantics in self.second_axis and len(shape) > 2:
+            return math.prod(shape[1:])
+        return shape[-1] if shape else 1
 
     def passes(
         self, options: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]], semantics: Semantics
