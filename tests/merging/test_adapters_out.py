@@ -136,6 +136,26 @@ def test_other_methods_merge_each_update_as_a_whole(method: str, tmp_path: Path)
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["llama", "vit"])  # vit: a convolution too
+@pytest.mark.parametrize("inner", ["ties", "task_arithmetic"])
+def test_knots_is_exact_in_the_space_of_the_factors(inner: str, model: str, tmp_path: Path) -> None:
+    """Of the summed ranks at most, and equal to the merge of the dense updates."""
+    weights = {"plain": 0.6, "rslora": 0.5}
+    adapters(tmp_path, model, tuple(weights))
+    options: dict[str, Any] = {"parameters": {"density": 0.5, "inner": inner}}
+    out = merge(table(tmp_path, weights, "knots", **options), tmp_path / "out")
+    merge(table(tmp_path, weights, "knots", subspace={"output": "model"}, **options), tmp_path / "model")
+    expected = TaskVector.open(tmp_path / "model", tmp_path / "base")
+    found = TaskVector.open(out, tmp_path / "base")
+    matrices = [name for name in found if len(found.shapes[name]) == 2]
+    for name in matrices:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+    report = json.loads((out / "merge_report.json").read_text())
+    assert all(report[name]["rank"] <= 6 and report[name]["relative_error"] == 0 for name in matrices)
+    less = merge(table(tmp_path, weights, "knots", subspace={"adapter": {"rank": 2}}, **options), tmp_path / "less")
+    assert json.loads((less / "adapter_config.json").read_text())["r"] == 2
+
+
 def test_our_adapters_and_lora_merge_into_lora(tmp_path: Path) -> None:
     adapters(tmp_path, kinds=("plain",))
     config = peft_subspace.FloraConfig(r=3, init_weights=False, target_modules=["q_proj", "o_proj"])
