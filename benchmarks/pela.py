@@ -54,10 +54,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any] | None, bool]] = {  # name -> (lab
     "fd": ("+ distillation", {}, False),
     "fd-wp": ("+ distillation + penalty", PENALTY, False),
     "unlabelled": ("distillation without labels", {"task": 0.0}, False),
+    "weighted-fd": ("activation-weighted + distillation", {}, True),
     "weighted": ("activation-weighted, no healing", None, True),
     "weighted-unlabelled": ("activation-weighted, distillation without labels", {"task": 0.0}, True),
 }
-EVERYWHERE = ("svd", "task", "fd", "fd-wp")  # the others at c = 2 only
+EVERYWHERE = ("svd", "task", "fd", "fd-wp", "weighted-fd")  # the others at c = 2 only
 
 
 def compressed(model: Any, ratio: float) -> Any:

@@ -126,7 +126,7 @@ def rows(task: str) -> tuple[dict[str, dict[str, Tensor]], int]:
         "held": train.select(range(TRAIN_ROWS, TRAIN_ROWS + HELD_ROWS)),
         "test": test.select(range(min(TEST_ROWS, len(test)))),
     }
-    convert = _tokens if task in TASKS["text"] else _pixels
+    convert = _pixels if "image" in data["train"].features else _tokens
     return {name: convert(part) for name, part in parts.items()}, data["train"].features["label"].num_classes
 
 

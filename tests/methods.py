@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from peft_subspace import AtlasConfig, FloraConfig, PelaConfig, SubspaceConfig, SvfitConfig
+from peft_subspace import AtlasConfig, ConcreteConfig, FloraConfig, PelaConfig, SubspaceConfig, SvfitConfig
 from tests.pico import Pico
 from tests.pools import pool_of
 
@@ -27,9 +27,14 @@ class Method:
     vector_rank: int | None = None  # of the matrices in that pool; None for dense ones
     leaves: frozenset[str] = frozenset()  # of tests.pico.LAYERS, those that the method refuses
 
+    starts_at_base: bool = True  # whether a new adapter changes nothing
+    sums: bool = True  # whether a weighted sum of adapters is one
+    saturates: bool = False  # whether infinite parameters make finite weights
+    steady: dict[str, Any] = field(default_factory=dict)  # fields with which training draws no random numbers
+
     @property
     def replaces_base(self) -> bool:
-        """Whether an adapter stands in for the layer, so that it does not start as the base and there can be one only."""
+        """Whether an adapter stands in for the layer, so that there can be one only."""
         return bool(PEFT_TYPE_TO_TUNER_MAPPING[self.config.method].delta_cls.replaces_base)
 
     def make(self, pico: Pico, second: bool = False, **fields: Any) -> Any:
@@ -39,6 +44,15 @@ class Method:
             fields.pop("dropout", None)
         return self.config(**{**(self.other if second else self.fields), **pool, **fields})
 
+
+MASKED: dict[str, Any] = {
+    "dropout": False,
+    "composes": True,
+    "starts_at_base": False,
+    "sums": False,
+    "saturates": True,
+    "steady": {"train_mask": False, "learn_coefficients": "layer"},
+}
 
 METHODS = {
     "FLORA": Method(FloraConfig, {"r": 2}, {"r": 3, "scale": 0.5}, {"rank_pattern": 3, "scale_pattern": 0.25}),
@@ -52,11 +66,20 @@ METHODS = {
     ),
     "ATLAS": Method(AtlasConfig, {}, {"init": 0.1}, dropout=False, composes=True),
     "ATLAS, vectors of low rank": Method(AtlasConfig, {}, {"init": 0.1}, dropout=False, composes=True, vector_rank=2),
+    "CONCRETE": Method(ConcreteConfig, {}, {"coefficients": 0.1, "granularity": "row"}, **MASKED),
+    "CONCRETE, directions of vectors of low rank": Method(
+        ConcreteConfig,
+        {"granularity": "rank", "save_mask": "float32"},
+        {"granularity": "element", "learn_coefficients": "layer"},
+        vector_rank=2,
+        **MASKED,
+    ),
     "PELA": Method(
         PelaConfig,
         {"r": 2},
         {"r": 3},
         {"rank_pattern": 3},
+        starts_at_base=False,
         leaves=frozenset(  # their blocks are too small for two factors
             ("conv, depthwise", "conv, depthwise, wider", "conv, pointwise, groups", "transposed, depthwise")
         ),

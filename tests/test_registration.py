@@ -19,7 +19,7 @@ from peft_subspace import FloraConfig, FloraModel, check_peft_version, register
 from peft_subspace.registration import add_peft_type
 from tests.processes import run_python
 
-METHODS = ["ATLAS", "FLORA", "PELA", "SVFIT"]
+METHODS = ["ATLAS", "CONCRETE", "FLORA", "PELA", "SVFIT"]
 NATIVE = PeftType.IA3  # a member of PEFT's own to compare with
 
 

@@ -23,7 +23,7 @@ from ..base import Delta, Geometry, SubspaceConfig, SubspaceModel
 from ..base.delta import Weight
 from ..functional import composition
 from ..functional.composition import LowRank, Vector
-from ..functional.groups import MAX_PARTS, Groups, partition
+from ..functional.groups import MAX_PARTS, Groups, groups_from
 from ..registration import register
 from ..task_vectors.pool import DTYPES, reference_text
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR
@@ -175,30 +175,23 @@ class AtlasConfig(SubspaceConfig):
         return name
 
 
-def groups_of(geometry: Geometry, config: Any) -> Groups | None:
-    """The groups of a block's entries that have coefficients of their own; None for one group."""
-    name, size = config.block, math.prod(geometry.shape)
+def groups_of(geometry: Geometry, config: Any) -> dict[str, Any] | None:
+    """Which of a block's entries have coefficients of their own, for `groups_from` and the file; None for one group."""
+    name, swapped = config.block, geometry.groups if geometry.swapped else 0
     split = next((n for ending, n in config.fused_splits.items() if name == ending or name.endswith(f".{ending}")), None)
     if split is not None:
         if geometry.shape[0] % split:
             raise ValueError(f"fused_splits: its {geometry.shape[0]} rows cannot be divided into {split} equal parts.")
-        return Groups(split, partial(_along, geometry, 0, geometry.shape[0] // split))
+        return {"count": split, "axis": 0, "length": geometry.shape[0] // split, "swapped": swapped}
     if config.granularity == "row":
-        return Groups(geometry.shape[0], partial(_along, geometry, 0, 1))
+        return {"count": geometry.shape[0], "axis": 0, "length": 1, "swapped": swapped}
     if len(geometry.shape) < 2:
         return None
     if config.granularity == "column":
-        return Groups(geometry.shape[1], partial(_along, geometry, 1, 1))
+        return {"count": geometry.shape[1], "axis": 1, "length": 1, "swapped": swapped}
     if config.granularity == "partition":
-        return Groups(config.partition, partial(partition, size, config.partition, config.partition_seed, name))
+        return {"count": config.partition, "seed": config.partition_seed, "name": name}
     return None
-
-
-def _along(geometry: Geometry, axis: int, length: int) -> Tensor:
-    """The index along one axis of the canonical layout, in steps of `length`, for every entry of the flat module layout."""
-    sizes = [-1 if a == axis else 1 for a in range(len(geometry.shape))]
-    index = torch.arange(geometry.shape[axis], dtype=torch.int32) // length
-    return geometry.native(index.view(sizes).expand(geometry.shape)).reshape(-1)
 
 
 class AtlasDelta(Delta):
@@ -213,18 +206,21 @@ class AtlasDelta(Delta):
         super().__init__(geometry, config)
         self.names: list[str] = config.vector_names
         self.nonnegative: bool = config.nonnegative
-        self.groups = groups_of(geometry, config)
+        self.spec = groups_of(geometry, config)
+        shape = geometry.native(torch.empty(geometry.shape, device="meta")).shape
+        self.groups = None if self.spec is None else groups_from(self.spec, shape, keep=True)
+        self.parameter_name: str = config.block  # `block` is the name of a tied tensor that the pool knows
         opened: OpenedPool | None = config.opened
         self.pool = None if opened is None else opened.pool
         self.block = config.block if opened is None else opened.source_of(config.block)
         self.vectors: list[Vector | None] | None = None
         tie = config.tie(self.block)
-        shape = (len(self.names),) if self.groups is None else (len(self.names), self.groups.count)
-        leader = None if opened is None else opened.leaders.setdefault((tie, shape[1:]), self)
+        own = () if self.groups is None else (self.groups.count,)
+        leader = None if opened is None else opened.leaders.setdefault((tie, own), self)
         if leader is None or leader is self:
             start = torch.tensor(config.start(len(self.names)), dtype=torch.float32)
-            values = start.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
-            self.coefficients = nn.Parameter(values if config.init_weights else values + 0.5 * torch.randn(shape))
+            values = start.view(-1, *[1] * len(own)).expand(-1, *own).clone()
+            self.coefficients = nn.Parameter(values if config.init_weights else values + 0.5 * torch.randn(values.shape))
         else:
             self.__dict__["leader"] = leader  # not a child: its tensor is in the file once, and has one place in the model
 
@@ -360,6 +356,21 @@ class AtlasModel(SubspaceModel):
 
     def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
         chosen_blocks(config, model, targets)
+
+    def _record_decisions(self, adapter_name: str) -> None:
+        """Note which tensor of the file has the coefficients of which block: a merge without the model needs it."""
+        super()._record_decisions(adapter_name)
+        found = {d: name for name, d in self.model.named_modules() if isinstance(d, AtlasDelta)}
+        blocks: dict[str, dict[str, Any]] = {}
+        for _, layer in self.named_subspace_layers():
+            for delta in layer.deltas(adapter_name).values():
+                path = found[delta.__dict__.get("leader", delta)].removesuffix(f".{adapter_name}")
+                entry = {"coefficients": f"{path}.coefficients", "groups": delta.spec, "tied": delta.block}
+                defaults = {"groups": None, "tied": delta.parameter_name}
+                blocks[delta.parameter_name] = {k: v for k, v in entry.items() if v != defaults.get(k)}
+        provenance = self.peft_config[adapter_name].provenance
+        assert provenance is not None  # since `_prepare_model`
+        provenance["blocks"] = blocks
 
     def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """Name of every block -> its coefficients `[T]` or `[T, K]`, detached; rows in the order of `config.vector_names`."""

@@ -13,7 +13,7 @@ from ..base.holders import has_children
 from ..base.targets import base_parameters, exact_targets
 from ..task_vectors.errors import InputError
 from ..task_vectors.pool import DTYPES, Pool, open_pool
-from ..task_vectors.provenance import check_records
+from ..task_vectors.provenance import check_records, same_value
 from ..task_vectors.sources import shortened
 
 BLOCK_TYPES = ("linear", "conv", "embedding", "norm", "bias", "other")
@@ -209,9 +209,11 @@ def _check_base(config: Any, model: nn.Module, opened: OpenedPool) -> None:
     found = {name: _sample(parameters[name]) for name in names}
     expected = config.provenance.get("base")
     if expected is None:
-        config.provenance["base"] = {"values": {n: v for n, (v, _) in found.items()}, "dtypes": _dtypes(found)}
+        dtypes = sorted({dtype for _, dtype in found.values()})
+        config.provenance["base"] = {"values": {n: v for n, (v, _) in found.items()}, "dtypes": dtypes}
         return
-    wrong = [n for n, (value, dtype) in found.items() if n in expected["values"] and not _fits(value, dtype, n, expected)]
+    kept = expected["values"]
+    wrong = [n for n, pair in found.items() if n in kept and not same_value(*pair, kept[n], expected["dtypes"])]
     if wrong:
         raise InputError(
             f"{type(model).__name__} is not the base that the coefficients were learned on: the values of {shortened(wrong)} "
@@ -220,18 +222,6 @@ def _check_base(config: Any, model: nn.Module, opened: OpenedPool) -> None:
         )
 
 
-def _sample(parameter: Tensor) -> tuple[float, torch.dtype]:
-    return float(parameter.detach().reshape(-1)[parameter.numel() // 2]), parameter.dtype
-
-
-def _dtypes(found: dict[str, tuple[float, torch.dtype]]) -> list[str]:
-    return sorted({str(dtype).removeprefix("torch.") for _, dtype in found.values()})
-
-
-def _fits(value: float, dtype: torch.dtype, name: str, expected: dict[str, Any]) -> bool:
-    kept = expected["values"][name]
-    known = [getattr(torch, text) for text in expected["dtypes"]]
-    if known == [dtype]:
-        return bool(value == kept)
-    eps = max(torch.finfo(other).eps for other in (*known, dtype))
-    return abs(value - kept) <= eps * abs(kept) + torch.finfo(torch.float16).tiny
+def _sample(parameter: Tensor) -> tuple[float, str]:
+    value = float(parameter.detach().reshape(-1)[parameter.numel() // 2])
+    return value, str(parameter.dtype).removeprefix("torch.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,47 +16,99 @@ CHUNK = 2**18
 
 
 class Groups:
-    """pi: which of K coefficients belongs to an entry of a flat weight of n values. Made when it is first asked for."""
+    """pi: which of K coefficients belongs to an entry of a flat weight of n values.
 
-    def __init__(self, count: int, make: Callable[[], Tensor]) -> None:
-        self.count, self._make = count, make
+    Args:
+        count: K.
+        make: `(start, stop, device)` -> the numbers of these entries, integers in [0, K).
+        size: n, to keep all numbers as one byte each once they are asked for; None to make them anew each time.
+    """
+
+    def __init__(self, count: int, make: Callable[[int, int, torch.device], Tensor], size: int | None = None) -> None:
+        self.count, self._make, self._size = count, make, size
         self._numbers: Tensor | None = None
 
     def part(self, start: int, stop: int, device: torch.device) -> Tensor:
         """`[stop - start]` int64, each in [0, K)."""
+        if self._size is None:
+            return self._make(start, stop, device).long()
         if self._numbers is None or self._numbers.device != device:
-            self._numbers = self._make().to(device)
+            self._numbers = self._make(0, self._size, device).to(torch.uint8)
         return self._numbers[start:stop].long()
 
     def __deepcopy__(self, memo: Any) -> Groups:
         return self
 
     def __reduce__(self) -> Any:
-        return Groups, (self.count, self._make)
+        return Groups, (self.count, self._make, self._size)
 
 
-def partition(size: int, parts: int, seed: int, name: str) -> Tensor:
-    """A fixed, evenly random part for every entry of a weight, `[size]` uint8.
+def groups_from(spec: Mapping[str, Any], shape: Sequence[int], keep: bool = False) -> Groups:
+    """The groups that a saved description means; it has numbers and names only, so that it can stand in a JSON file.
+
+    Args:
+        spec: `{"count": K, "axis": a, "length": l, "swapped": g}`, see `along`, or `{"count": K, "seed": s, "name": n}`, see
+            `partition`.
+        shape: of the weight, in the module's layout.
+        keep: keep the numbers of a partition in memory, one byte an entry, instead of making them for every part.
+    """
+    count = spec["count"]
+    if "axis" in spec:
+        return Groups(count, partial(along, tuple(shape), spec["axis"], spec["length"], spec["swapped"]))
+    return Groups(count, partial(partition, count, spec["seed"], spec["name"]), math.prod(shape) if keep else None)
+
+
+def along(
+    shape: tuple[int, ...], axis: int, length: int, swapped: int, start: int, stop: int, device: torch.device | None = None
+) -> Tensor:
+    """floor(i / length) for entries [start, stop), i: the index of an entry along one axis of the canonical layout.
+
+    Args:
+        shape: of the weight, in the module's layout.
+        axis: of the canonical layout, `[out, in / groups, *kernel]`.
+        length: how many indices share a number.
+        swapped: 0 if both layouts are one; else g, the number of convolution groups within which the first two axes are
+            swapped (1 for Conv1D and embeddings).
+        start: first entry of the flat weight.
+        stop: behind the last.
+        device: where to compute.
+
+    Returns:
+        `[stop - start]` int64.
+    """
+    place = torch.arange(start, stop, device=device)
+    if not swapped or axis > 1:
+        return place // math.prod(shape[axis + 1 :]) % shape[axis] // length
+    first = place // math.prod(shape[1:])
+    if axis == 1:
+        return first % (shape[0] // swapped) // length
+    return (first // (shape[0] // swapped) * shape[1] + place // math.prod(shape[2:]) % shape[1]) // length
+
+
+def partition(parts: int, seed: int, name: str, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+    """A fixed, evenly random part for entries [start, stop) of a weight, `[stop - start]` uint8.
 
     h(e) = mix(mix(low word of e ^ key_0) ^ high word of e ^ key_1), part(e) = floor(K h / 2^32), with the finaliser of
     MurmurHash3 as `mix` and both keys from SHA-256 of the seed and the name. Integer arithmetic on the position alone: the same
     on every machine, device, thread count and in every process, so a file needs the seed and no map.
 
     Args:
-        size: n, entries.
         parts: K, 1 to 256.
         seed: of the adapter.
         name: of the block, so that blocks of one shape have different maps.
+        start: first entry.
+        stop: behind the last.
+        device: of the result.
 
-    Cost: 25 integer operations an entry, once; n bytes.
+    Cost: 25 integer operations an entry.
     """
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     keys = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
-    found = torch.empty(size, dtype=torch.uint8)
-    for start in range(0, size, CHUNK):
-        position = torch.arange(start, min(start + CHUNK, size))
+    found = torch.empty(stop - start, dtype=torch.uint8, device=device)
+    for first in range(start, stop, CHUNK):
+        position = torch.arange(first, min(first + CHUNK, stop), device=device)
         mixed = _mix(_mix((position & 0xFFFFFFFF) ^ keys[0]) ^ (position >> 32) ^ keys[1])
-        found[start : start + CHUNK] = (mixed * parts) >> 32
+        found[first - start : first - start + CHUNK] = (mixed * parts) >> 32
     return found
 
 

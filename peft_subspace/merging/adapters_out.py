@@ -59,6 +59,8 @@ def merge_adapters(
     summed ranks, no product of the weight's size. `knots` merges matrices in the space of the stacked factors, exactly
     without a rank. Other methods, and updates of no low rank, are merged as a whole; their leading singular vectors are kept.
 
+    What a learned method composes with one coefficient for each vector and tensor is such a sum too.
+
     Raises:
         RecipeError: a model that is no adapter, a way to merge that does not fit the method.
         InputError: tensors that LoRA has no layer for.
@@ -73,7 +75,7 @@ def merge_adapters(
         for tensor in plan.tensors:
             if tensor.action == "merge":
                 _one(plan, tensor, way, result)
-            elif tensor.action == "copy" and tensor.base is not None and tensor.name not in _known(plan):  # a new head
+            elif tensor.base is not None and _is_brought(plan, tensor):
                 assert tensor.base.values is not None
                 result.saved[tensor.name] = read_tensor(tensor.base.values)
             if progress is not None:
@@ -83,6 +85,13 @@ def merge_adapters(
             raise InputError("none of the models changes a weight, so there is no adapter to write.")
         _write(plan, result, out, overwrite, hash_inputs)
     return out
+
+
+def _is_brought(plan: Plan, tensor: TensorPlan) -> bool:
+    """Whether a tensor that is not merged is no tensor of the base: a new head, or a module that was trained whole."""
+    assert plan.reference.full is not None
+    assert tensor.base is not None
+    return plan.reference.full.tensors.get(tensor.name) != tensor.base.values
 
 
 def _known(plan: Plan) -> set[str]:
@@ -111,15 +120,17 @@ def _way(plan: Plan) -> Way:
                 f"`peft-subspace extract`."
             )
     asked = recipe.subspace.adapter.method
+    merged = [tensor for tensor in plan.tensors if tensor.action == "merge"]
     sums = recipe.merge_method in SUMS and not any(
-        float(model.get("density", 1.0)) < 1 for tensor in plan.tensors for model in tensor.per_model
+        float(model.get("density", 1.0)) < 1 for tensor in merged for model in tensor.per_model
     )
+    sums = sums or (plan.learned is not None and all(t.learned is not None and t.learned.is_sum for t in merged))
     if asked == "knots" and recipe.merge_method != "knots":
         raise RecipeError("subspace.adapter.method: knots goes with merge_method: knots.")
     if asked in ("cat", "exact") and not sums:
         raise RecipeError(
-            f"subspace.adapter.method: {asked} is for weighted sums (merge_method linear or task_arithmetic, without density). "
-            f"Use `dense` with {recipe.merge_method}."
+            f"subspace.adapter.method: {asked} is for weighted sums (linear, or task_arithmetic without density, or "
+            f"coefficients by block). Use `dense` with {recipe.merge_method}."
         )
     full = next((tensor.name for tensor in plan.tensors if _is_dense(tensor)), None)
     if asked in ("cat", "exact", "knots") and full is not None:
@@ -193,6 +204,8 @@ def _unread(start: int, stop: int) -> Part:
 def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
     """All factors of a tensor, and what each is multiplied by."""
     weights = [float(model.get("weight", 1.0)) for model in tensor.per_model]
+    if tensor.learned is not None:
+        weights = tensor.learned.open().weights
     total = sum(weights)
     scale = float(tensor.options.get("lambda", 1.0))
     if tensor.options.get("normalize"):

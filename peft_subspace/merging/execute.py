@@ -223,7 +223,7 @@ class _Run:
         return Job(
             self.plan.method, tensor.shape, source.read, tensor.options, tensor.per_model, name=tensor.draws_as,
             seed=subspace.seed, semantics=subspace.semantics, dtype=self.dtype, device=self.settings.device,
-            chunk=self.chunk, as_delta=as_delta,
+            chunk=self.chunk, as_delta=as_delta, learned=None if tensor.learned is None else tensor.learned.open(),
         )  # fmt: skip
 
     def _finish(self, out: Tensor, tensor: TensorPlan) -> memoryview:

@@ -30,11 +30,10 @@ def make_manifest(plan: Plan, weights: dict[str, str], folder: Path, whole: bool
     """
     recipe = plan.recipe
     inputs = []
-    for source in [plan.base, *plan.sources]:
-        for part in source.checkpoints if source else ():
-            for header in part.files:
-                entry = {"model": part.name, "file": header.path.name, **fingerprint(header, whole)}
-                inputs.append(entry if part.commit is None else {**entry, "commit": part.commit})
+    for part in plan.checkpoints:
+        for header in part.files:
+            entry = {"model": part.name, "file": header.path.name, **fingerprint(header, whole)}
+            inputs.append(entry if part.commit is None else {**entry, "commit": part.commit})
     unique = {json.dumps(entry, sort_keys=True): entry for entry in inputs}
     outputs = {}
     for path in sorted(folder.iterdir()):

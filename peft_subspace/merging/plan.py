@@ -13,8 +13,9 @@ from typing import Any
 from .._version import __version__
 from ..task_vectors.headers import ITEM_SIZES, TensorHeader
 from ..task_vectors.models import Given, Source
-from ..task_vectors.sources import FileHeader, fingerprint
+from ..task_vectors.sources import Checkpoint, FileHeader, fingerprint
 from .layout import Layout
+from .learned import Learned, LearnedTensor
 from .methods.registry import Method
 from .recipe import Recipe
 
@@ -39,6 +40,7 @@ class TensorPlan:
         per_model: each model's parameters for this tensor.
         draws_as: the name that random numbers are drawn by: of the embedding, for a head that is tied to it.
         statistics: each model's statistics of this tensor, for the methods that need them.
+        learned: what was learned for this tensor, for the methods that merge by that.
     """
 
     name: str
@@ -51,6 +53,7 @@ class TensorPlan:
     per_model: tuple[Mapping[str, Any], ...] = ()
     draws_as: str = ""
     statistics: tuple[TensorHeader, ...] | None = None
+    learned: LearnedTensor | None = None
 
     @property
     def count(self) -> int:
@@ -66,7 +69,8 @@ class TensorPlan:
     def bytes_read(self) -> int:
         """Bytes that are read for it, in one pass."""
         given = ([] if self.base is None else [self.base]) + list(self.models)
-        return sum(header.nbytes for one in given for header in one.headers) + sum(h.nbytes for h in self.statistics or ())
+        more = (*(self.statistics or ()), *(self.learned.headers if self.learned is not None else ()))
+        return sum(header.nbytes for one in given for header in one.headers) + sum(header.nbytes for header in more)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Plan:
         equal: what has to be compared before anything is written.
         notes: what the user should know.
         untied: the result has an output head of its own, where the base shares it with the embedding.
+        learned: the adapter that a learned method merges by.
     """
 
     recipe: Recipe
@@ -103,6 +108,7 @@ class Plan:
     equal: tuple[Equal, ...]
     notes: tuple[str, ...]
     untied: bool = False
+    learned: Learned | None = None
 
     @property
     def method(self) -> Method:
@@ -115,14 +121,16 @@ class Plan:
         return self.base or self.sources[0]
 
     @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Everything that is read: the base, the models, and the adapter of a learned method."""
+        sources = [*(() if self.base is None else (self.base,)), *self.sources]
+        adapter = () if self.learned is None else (self.learned.checkpoint,)
+        return (*(part for source in sources for part in source.checkpoints), *adapter)
+
+    @property
     def files(self) -> dict[str, FileHeader]:
         """All files that are read, by a name for the manifest: model, then file."""
-        found = {}
-        for source in [self.base, *self.sources]:
-            for part in source.checkpoints if source else ():
-                for header in part.files:
-                    found[f"{part.name}: {header.path.name}"] = header
-        return found
+        return {f"{part.name}: {header.path.name}": header for part in self.checkpoints for header in part.files}
 
     @property
     def bytes_read(self) -> int:

@@ -10,15 +10,17 @@ from typing import Any
 
 from ..task_vectors.deltas import StoredDelta
 from ..task_vectors.errors import InputError, RecipeError, sentence
-from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader, read_header
+from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader
 from ..task_vectors.models import Given, Source, extra_saved, given_by, open_source, without_base
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
 from ..task_vectors.validate import OUTPUT_HEADS, declared_base, tied_head
 from .layout import make_layout
+from .learned import Learned, LearnedTensors, completed, learned_tensors
 from .methods.registry import Method
 from .parameters import check_parameters, depths, resolve
 from .plan import Equal, Plan, TensorPlan
 from .recipe import Recipe
+from .statistics import open_statistics
 
 _TIED_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
 
@@ -37,6 +39,7 @@ def make_plan(recipe: Recipe, scratch: Path | None = None) -> Plan:
     """
     method = recipe.method
     check_parameters(recipe, method)
+    recipe, learned = completed(recipe)
     base = None if recipe.base_model is None else open_source(recipe.base_model)
     sources = tuple(without_base(open_source(entry.model), base) for entry in recipe.merged_models)
     reference = base or sources[0]
@@ -52,7 +55,7 @@ def make_plan(recipe: Recipe, scratch: Path | None = None) -> Plan:
         from .aligned import align_sources
 
         sources = align_sources(sources, reference, scratch, recipe.subspace.seed, recipe.subspace.embeddings)
-    return _Planner(recipe, method, base, sources, reference).plan()
+    return _Planner(recipe, method, base, sources, reference, learned).plan()
 
 
 def open_base_tensors(base: Source) -> dict[str, Given]:
@@ -65,9 +68,16 @@ class _Planner:
     """Gathers what the models give, then plans tensor by tensor."""
 
     def __init__(
-        self, recipe: Recipe, method: Method, base: Source | None, sources: tuple[Source, ...], reference: Source
+        self,
+        recipe: Recipe,
+        method: Method,
+        base: Source | None,
+        sources: tuple[Source, ...],
+        reference: Source,
+        learned: Learned | None = None,
     ) -> None:
         self.recipe, self.method, self.base, self.sources, self.reference = recipe, method, base, sources, reference
+        self.learned = learned
         assert reference.full is not None
         self.known = reference.full.tensors
         self.config = reference.full.config
@@ -76,7 +86,8 @@ class _Planner:
         self.equal: list[Equal] = []
         self.left_out: set[str] = set()
         self.untied = False
-        self.statistics = _open_statistics(recipe, method)
+        self.statistics = open_statistics(recipe, method)
+        self.found = None if learned is None else learned_tensors(learned, method.learned_tensor, self.known, self.config)
 
     def plan(self) -> Plan:
         own = open_base_tensors(self.reference)
@@ -84,7 +95,10 @@ class _Planner:
         order = sorted((n for n in self.known if n not in self.left_out), key=lambda n: _place(self.known[n]))
         where = depths(self.known)
         tensors = [self._tensor(name, own[name], [one.get(name, Given()) for one in given], where[name]) for name in order]
-        tensors += self._new_heads() + self._untied_head(own, given, where)
+        if self.found is None:
+            tensors += self._new_heads() + self._untied_head(own, given, where)
+        else:
+            tensors = self._with_whole(tensors, self.found)
         metadata = {"format": "pt"}
         weights = "model.safetensors"
         if self.recipe.subspace.output == "task_vector":
@@ -97,7 +111,10 @@ class _Planner:
         self._compare_bases()
         names = tuple(str(entry.model) for entry in self.recipe.merged_models)
         checks = tuple(self.equal)
-        return Plan(self.recipe, self.base, self.sources, names, tuple(tensors), layout, checks, tuple(self.notes), self.untied)
+        return Plan(
+            self.recipe, self.base, self.sources, names, tuple(tensors), layout, checks, tuple(self.notes), self.untied,
+            self.learned,
+        )  # fmt: skip
 
     def _given(self, source: Source) -> dict[str, Given]:
         name, policy = str(source.reference), self.recipe.subspace.on_missing
@@ -105,6 +122,8 @@ class _Planner:
         if embeddings == "pad_from_base" and self.base is None:
             raise RecipeError("embeddings: pad_from_base needs a base_model to take the rows from.")
         given, missing, extra = given_by(source, self.known, embeddings=embeddings, config=self.config)
+        if self.learned is not None:
+            return given  # what a vector lacks, and what it has beside the base, was left out when it was learned with too
         extra = [key for key in extra if not self._is_tied_extra(source, key)]
         if (missing or extra) and policy == "error":
             lacks = f"lacks {len(missing)} tensors of the base ({shortened(missing)})" if missing else ""
@@ -145,8 +164,10 @@ class _Planner:
         recipe = self.recipe
         has_base = self.base is not None
         dtype = recipe.out_dtype or recipe.dtype
+        learned = None if self.found is None else self.found.tensors.get(name)
         if not is_float(header):
-            return TensorPlan(name, header.shape, header.dtype, Given(header), tuple(m for m in models if m.values), "copy")
+            others = () if self.found is not None else tuple(m for m in models if m.values)
+            return TensorPlan(name, header.shape, header.dtype, Given(header), others, "copy")
         code = header.dtype if dtype is None else FLOAT_DTYPES[dtype]
         if recipe.subspace.output == "task_vector" and dtype is None:
             code = "F32"
@@ -157,7 +178,7 @@ class _Planner:
             raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
         self._check_together(name, options, per_model)
         unchanged = has_base and self.method.acts_on == "delta" and all(not m.headers for m in models)
-        if unchanged:
+        if unchanged or (self.found is not None and learned is None):
             action = "copy" if code == header.dtype and not base.deltas else "cast"
             return TensorPlan(name, header.shape, code, base, (), action)
         needs_base = (
@@ -170,8 +191,28 @@ class _Planner:
         found = [tensors[name] for tensors in self.statistics if name in tensors]
         statistics = tuple(found) if found and len(found) == len(models) else None
         return TensorPlan(
-            name, header.shape, code, kept, tuple(models), "merge", options, tuple(per_model), partner, statistics
+            name, header.shape, code, kept, tuple(models), "merge", options, tuple(per_model), partner, statistics, learned
         )
+
+    def _with_whole(self, tensors: list[TensorPlan], found: LearnedTensors) -> list[TensorPlan]:
+        """Modules that the adapter of a learned method trained whole, such as a head, in place of the base's or beside them."""
+        both = sorted(set(found.whole) & set(found.tensors))
+        if both:
+            raise InputError(f"{shortened(both)}: trained whole and composed as well. Use one of them.")
+        if found.whole and self.recipe.subspace.output == "task_vector":
+            self.notes.append(f"{shortened(sorted(found.whole))}: trained whole, not part of the task vector.")
+        dtype = self.recipe.out_dtype or self.recipe.dtype
+        new = []
+        for name, header in found.whole.items():
+            if name in self.known and self.known[name].shape != header.shape:
+                raise InputError(
+                    f"{name!r} is {list(header.shape)} in the adapter, {list(self.known[name].shape)} in the base."
+                )
+            like = self.known.get(name, header)
+            code = like.dtype if dtype is None or not is_float(header) else FLOAT_DTYPES[dtype]
+            action = "copy" if code == header.dtype else "cast"
+            new.append(TensorPlan(name, header.shape, code, Given(header), (), action))
+        return [tensor for tensor in tensors if tensor.name not in found.whole] + new
 
     def _check_together(self, name: str, options: Mapping[str, Any], per_model: list[dict[str, Any]]) -> None:
         if self.method.check is None:
@@ -237,20 +278,6 @@ class _Planner:
                     and part.kind != "model"
                 ):
                     self.notes.append(f"{part.name}: says that it was made for {declared!r}; it is merged onto {ours!r}.")
-
-
-def _open_statistics(recipe: Recipe, method: Method) -> list[Mapping[str, TensorHeader]]:
-    """The tensors of each model's file of statistics, for the methods that need one."""
-    if not method.statistics:
-        return []
-    paths = [entry.parameters.get("statistics") for entry in recipe.merged_models]
-    for entry, path in zip(recipe.merged_models, paths, strict=True):
-        if not isinstance(path, str) or not path:
-            raise RecipeError(
-                f"merge_method {method.name!r} needs {method.statistics}: write `parameters: {{statistics: FILE.safetensors}}` "
-                f"under the model {str(entry.model)!r}."
-            )
-    return [read_header(str(path)).tensors for path in paths]
 
 
 def _place(header: TensorHeader) -> tuple[str, int]:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ..task_vectors.errors import RecipeError
 from ..task_vectors.headers import FLOAT_DTYPES
@@ -106,6 +115,8 @@ class SubspaceOptions(Strict):
         compute_dtype: of the sums; the result is rounded once, at the end.
         shard_size: most bytes of one file of the result.
         align: permute the neurons of each model to fit the first before merging.
+        learned: the saved adapter that a learned method merges by, a folder or a Hub id. It names the base and the models,
+            which may be left out; where they are listed, they are checked by their hashes.
     """
 
     semantics: Literal["mergekit", "peft", "paper"] = "mergekit"
@@ -119,13 +130,14 @@ class SubspaceOptions(Strict):
     compute_dtype: Literal["float32", "float64"] = "float32"
     shard_size: Annotated[int, BeforeValidator(as_bytes), Field(ge=1)] = 5 * 10**9
     align: Literal["weight_matching"] | None = None
+    learned: ModelName | None = None
 
 
 class Recipe(Strict):
     """A whole recipe; field names are mergekit's."""
 
     merge_method: str
-    models: Annotated[list[ModelEntry], Field(min_length=1)]
+    models: list[ModelEntry] = Field(default_factory=list, validate_default=True)
     base_model: ModelName | None = None
     parameters: dict[str, Setting] = Field(default_factory=dict)
     dtype: str | None = None
@@ -142,6 +154,14 @@ class Recipe(Strict):
         registry.get(value)
         return value
 
+    @field_validator("models")
+    @classmethod
+    def _models_are_there(cls, value: list[ModelEntry], info: ValidationInfo) -> list[ModelEntry]:
+        name = info.data.get("merge_method")
+        if not value and not (name is not None and registry.get(name).learned):
+            raise ValueError("the models to merge are missing: a list of `- model: NAME`")
+        return value
+
     @field_validator("dtype", "out_dtype")
     @classmethod
     def _known_dtype(cls, value: str | None) -> str | None:
@@ -152,6 +172,16 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _base_is_there(self) -> Recipe:
         method = registry.get(self.merge_method)
+        if bool(method.learned) != (self.subspace.learned is not None):
+            raise ValueError(
+                f"merge_method {self.merge_method!r} merges by what was learned: write `subspace: {{learned: ADAPTER}}`"
+                if method.learned
+                else f"subspace.learned goes with methods that are learned, not with merge_method {self.merge_method!r}"
+            )
+        if method.learned:
+            if self.subspace.align is not None:
+                raise ValueError("subspace.align changes the models, and what was learned belongs to them as they are")
+            return self  # base and models are the adapter's, if they are not listed
         if method.needs_base and self.base_model is None:
             raise ValueError(f"merge_method {self.merge_method!r} needs a base_model")
         others = len(self.merged_models)
@@ -178,10 +208,12 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """The recipe as it would be written, without defaults."""
         table = self.model_dump(exclude_defaults=True)
-        for entry, source in zip(table["models"], self.models, strict=True):
+        for entry, source in zip(table.get("models", []), self.models, strict=True):
             entry["model"] = str(source.model)
         if self.base_model is not None:
             table["base_model"] = str(self.base_model)
+        if self.subspace.learned is not None:
+            table["subspace"]["learned"] = str(self.subspace.learned)
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
 
 

@@ -89,11 +89,10 @@ def merge(
 def _keep_inputs(plan: Plan, out: Path) -> None:
     """The result must not take the place of a model that it is made from, nor lie inside of one."""
     place = Path(os.path.realpath(out))
-    for source in [plan.base, *plan.sources]:
-        for part in source.checkpoints if source else ():
-            folder = Path(os.path.realpath(part.path))
-            if folder == place or place in folder.parents or folder in place.parents:
-                raise OutputError(f"{out}: is, holds or lies in the model {part.name}. Choose another folder.")
+    for part in plan.checkpoints:
+        folder = Path(os.path.realpath(part.path))
+        if folder == place or place in folder.parents or folder in place.parents:
+            raise OutputError(f"{out}: is, holds or lies in the model {part.name}. Choose another folder.")
 
 
 def check_device(device: str) -> None:

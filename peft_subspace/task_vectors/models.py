@@ -139,6 +139,9 @@ def _add(found: dict[str, Given], part: Checkpoint, base: Mapping[str, TensorHea
     else:
         deltas = task_vector_deltas(part)
         names = match_names(deltas, base, part.name)
+        if len(names) < len(deltas):  # it may have been saved from a model in memory
+            renamed = names_in_memory(base, config)
+            names |= {theirs: renamed[ours] for theirs, ours in match_names(deltas, renamed, part.name).items()}
         if len(names) < len(deltas):
             raise InputError(f"{part.name}: {unmatched_text([n for n in deltas if n not in names])} are not in the base.")
     for theirs, delta in deltas.items():

@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,16 @@ class Pool:
         Raises:
             InputError: a value is not finite; names the vector and the tensor.
         """
-        return [self._vector(entry, entry.names[name]) if name in entry.names else None for entry in self.entries]
+        return list(self.each(name))
+
+    def each(self, name: str) -> Iterator[Vector | None]:
+        """The same one after the other: a dense vector that is dropped before the next is asked for leaves its memory."""
+        for entry in self.entries:
+            yield self._vector(entry, entry.names[name]) if name in entry.names else None
+
+    def ranks(self, name: str) -> list[int]:
+        """Of the vectors that have a tensor for a parameter; 0 for one that has no factors."""
+        return [entry.vector.rank(entry.names[name]) or 0 for entry in self.entries if name in entry.names]
 
     def _vector(self, entry: Entry, name: str) -> Vector | None:
         if self.placement == "disk" and entry.vector.rank(name) is None:

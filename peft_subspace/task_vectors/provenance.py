@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import InputError
-from .headers import FileHeader
+from .headers import FLOAT_DTYPES, ITEM_SIZES, FileHeader, TensorHeader
 from .models import Source
 from .sources import Checkpoint
 
@@ -77,3 +78,43 @@ def check_records(expected: Sequence[Mapping[str, Any]], entries: Sequence[Any])
                 f"learned with ({record['reference']}): its files have other sizes or hashes. Give the place of the right one: "
                 f"config.pool[{entry.name!r}] = PLACE; PeftModel.from_pretrained(model, adapter, config=config)."
             )
+
+
+# Values of a base --------------------------------------------------------------------------------------------------------
+
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # spacing of values at 1
+TINY = 2.0**-14  # smallest normal number of float16
+
+
+def value_of(header: TensorHeader) -> tuple[float, str]:
+    """The value in the middle of a tensor in a file, and its dtype as torch calls it; needs no torch.
+
+    Raises:
+        InputError: the tensor is no float.
+    """
+    dtype = next((name for name, code in FLOAT_DTYPES.items() if code == header.dtype), None)
+    if dtype is None:
+        raise InputError(f"{header.path}: {header.name!r} is {header.dtype}, and coefficients belong to a base of floats.")
+    size = ITEM_SIZES[header.dtype]
+    with open(header.path, "rb") as file:
+        file.seek(header.offset + header.count // 2 * size)
+        raw = file.read(size)
+    if dtype == "bfloat16":  # the upper half of a float32
+        raw, dtype_format = b"\0\0" + raw, "<f"
+    else:
+        dtype_format = {"float16": "<e", "float32": "<f", "float64": "<d"}[dtype]
+    return struct.unpack(dtype_format, raw)[0], dtype
+
+
+def same_value(value: float, dtype: str, kept: float, dtypes: Sequence[str]) -> bool:
+    """Whether a value of a base is the one that was kept; in another dtype they may differ by a rounding.
+
+    Args:
+        value: of the base that is there now.
+        dtype: of it.
+        kept: when coefficients were learned.
+        dtypes: of that base.
+    """
+    if list(dtypes) == [dtype]:
+        return value == kept
+    return abs(value - kept) <= max(EPSILON[name] for name in (*dtypes, dtype)) * abs(kept) + TINY

@@ -3,15 +3,23 @@
 from ..base.teacher import as_teacher
 from .distillation import feature_distillation, find_blocks, recorded_features
 from .healing import Healing, HealingTrainer
+from .merge_trainer import Look, MergeArguments, MergeTrainer
 from .perturbation import max_perturbation, perturbation_penalty
+from .tasks import Task, pooled_logits, token_logits
 
 __all__ = [
     "Healing",
     "HealingTrainer",
+    "Look",
+    "MergeArguments",
+    "MergeTrainer",
+    "Task",
     "as_teacher",
     "feature_distillation",
     "find_blocks",
     "max_perturbation",
     "perturbation_penalty",
+    "pooled_logits",
     "recorded_features",
+    "token_logits",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from peft_subspace import AtlasConfig, FloraConfig, PelaConfig, SvfitConfig
+from peft_subspace import AtlasConfig, ConcreteConfig, FloraConfig, PelaConfig, SvfitConfig
 
 FLORA = {"r": 4}
 # The suite trains with plain SGD at a learning rate of 0.5 on inputs up to 90 and the sum as loss. There the step grows
@@ -56,6 +56,7 @@ def pools(count: int = 3, scale: float = 0.05) -> dict[str, dict[str, str]]:
 
 POOLS = pools()
 MLP = {"pool": POOLS["MLP"]}
+CONCRETE = {"save_mask": "float32"}  # the suite compares saved parameters with those in memory, which bfloat16 rounds
 
 CASES = [
     ("FLoRA MLP 1", "MLP", FloraConfig, {**FLORA, "target_modules": "lin0"}),
@@ -115,6 +116,32 @@ CASES = [
     ("aTLAS MLP 6", "MLP", AtlasConfig, {**MLP, "target_modules": ["lin0"], "granularity": "partition", "partition": 4}),
     *(
         (f"aTLAS {model}", model, AtlasConfig, {"pool": POOLS[model], "target_modules": targets})
+        for model, targets in {
+            "EmbConv1D": ["emb", "conv1d"],
+            "Conv1d": ["conv1d"],
+            "Conv2d": ["conv2d", "lin0"],
+            "Conv3d": ["conv3d"],
+            "MHA": ["mha", "lin0"],
+        }.items()
+    ),
+    ("Concrete MLP 1", "MLP", ConcreteConfig, {**CONCRETE, **MLP, "target_modules": "lin0"}),
+    ("Concrete MLP 2", "MLP", ConcreteConfig, {**CONCRETE, **MLP, "target_modules": ["lin0"], "granularity": "row"}),
+    ("Concrete MLP 3", "MLP", ConcreteConfig, {**CONCRETE, **MLP, "target_modules": ["lin1"], "learn_coefficients": "layer"}),
+    ("Concrete MLP 4", "MLP", ConcreteConfig, {**CONCRETE, **MLP, "target_modules": ["lin0", "lin1"], "granularity": "column"}),
+    ("Concrete MLP 5", "MLP", ConcreteConfig, {**CONCRETE, **MLP, "target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    (
+        "Concrete MLP 6",
+        "MLP",
+        ConcreteConfig,
+        {**CONCRETE, **MLP, "target_modules": ["lin0"], "eval_mask": "sample", "rescale": False},
+    ),
+    *(
+        (
+            f"Concrete {model}",
+            model,
+            ConcreteConfig,
+            {**CONCRETE, "rescale": False, "coefficients": 3.0, "pool": POOLS[model], "target_modules": targets},
+        )
         for model, targets in {
             "EmbConv1D": ["emb", "conv1d"],
             "Conv1d": ["conv1d"],
@@ -207,6 +234,7 @@ MIXED_BATCH_CASES = [
     ),
 ]
 CAPABILITIES = {
+    ConcreteConfig: {"conv1d": True, "merge": True},
     AtlasConfig: {"conv1d": True, "merge": True},
     PelaConfig: {"conv1d": True, "merge": True},
     FloraConfig: {"conv1d": True, "merge": True},
@@ -214,8 +242,9 @@ CAPABILITIES = {
 }
 SKIP = [
     (
-        r"test_disable_adapters(_with_merging)?\[PELA",
-        "the test asserts that a new adapter computes what the base does, and a compressed layer is an approximation. "
+        r"test_disable_adapters(_with_merging)?\[(PELA|Concrete)",
+        "the test asserts that a new adapter computes what the base does. A compressed layer is an approximation, and Concrete "
+        "starts as task arithmetic. "
         "tests/contract covers disabling a merged adapter.",
     ),
     (
@@ -239,8 +268,8 @@ SKIP = [
     ),
     (
         r"test_custom_models.py.*(non_overlapping_modules\w*|active_adapters_with_\w+|set_requires_grad|requires_grad_set_correctly)"
-        r"\[(\w+-)?AtlasConfig\]",
-        "the test makes a config from the class and target_modules alone, and an aTLAS adapter needs a pool of task vectors "
+        r"\[(\w+-)?(AtlasConfig|ConcreteConfig)\]",
+        "the test makes a config from the class and target_modules alone, and these adapters need a pool of task vectors "
         "that fit the model. tests/contract has adapters on different layers, modules_to_save and frozen loading with a pool.",
     ),
 ]

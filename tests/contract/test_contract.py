@@ -78,6 +78,12 @@ def skip_replacing(method: Method) -> None:
         pytest.skip("adapters that stand in for the base do not add up: test_one_at_a_time_where_the_base_is_replaced")
 
 
+def skip_without_sums(method: Method) -> None:
+    skip_replacing(method)
+    if not method.sums:
+        pytest.skip("a weighted sum is no adapter of the method: test_a_sum_that_is_no_adapter_is_refused")
+
+
 def wide(model: Any, dtype: torch.dtype) -> Any:
     """Adapters are float32; comparisons in float64 need them in float64 too."""
     return model.double() if dtype == torch.float64 else model
@@ -135,7 +141,7 @@ def test_starts_at_the_base(method: Method, name: str, dtype: torch.dtype) -> No
     model = get_peft_model(base, config(method, pico))
     found = run(model, batch)
     assert found.dtype == dtype
-    if method.replaces_base:
+    if not method.starts_at_base:
         exact = dense_output(copy.deepcopy(model).double(), pico.batch(torch.float64), {"default": 1.0})
         assert_near(found, exact, 1e-5 if dtype == torch.float32 else 0.1)  # through a whole model
         assert_far(found, expected)
@@ -147,7 +153,7 @@ def test_starts_at_the_base(method: Method, name: str, dtype: torch.dtype) -> No
 @each_dtype
 def test_training_lowers_the_loss_and_leaves_the_base_alone(method: Method, name: str, dtype: torch.dtype) -> None:
     pico = MODELS[name]
-    model, batch = get_peft_model(pico.model(dtype), config(method, pico)), pico.batch(dtype)
+    model, batch = get_peft_model(pico.model(dtype), config(method, pico, **method.steady)), pico.batch(dtype)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     losses = train(model, batch, steps=6)
     assert losses[-1] < losses[0]
@@ -558,6 +564,8 @@ def test_a_tied_partner_keeps_its_own_weight(method: Method) -> None:
 @pytest.mark.parametrize(("value", "place"), [(float("nan"), 0), (float("inf"), -1)])
 def test_safe_merge_refuses_nan_and_changes_nothing(method: Method, name: str, value: float, place: int) -> None:
     """Neither the broken layer nor those before it."""
+    if method.saturates and value == float("inf"):
+        pytest.skip("the method makes finite weights of infinite parameters")
     model = adapt(method, MODELS[name])
     broken = [layer for layer in model.modules() if isinstance(layer, SubspaceLayer)][place]
     with torch.no_grad():
@@ -601,7 +609,7 @@ def three_adapters(method: Method, pico: Pico, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("name", WITHOUT_WHOLE_MODULES)
 @pytest.mark.parametrize("mix", MIXES)
 def test_add_weighted_adapter_is_the_sum(method: Method, name: str, mix: str) -> None:
-    skip_replacing(method)
+    skip_without_sums(method)
     pico, dtype = MODELS[name], torch.float64
     model, batch = three_adapters(method, pico, dtype), pico.batch(dtype)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -618,10 +626,22 @@ def test_add_weighted_adapter_is_the_sum(method: Method, name: str, mix: str) ->
     assert_near(run(model, batch), expected, 1e-5)
 
 
+def test_a_sum_that_is_no_adapter_is_refused(method: Method) -> None:
+    if method.sums:
+        pytest.skip("sums of this method are adapters: test_add_weighted_adapter_is_the_sum")
+    model, batch = adapt(method, MODELS["mlp"]), MODELS["mlp"].batch()
+    before = run(model, batch)
+    add(model, method)
+    with pytest.raises(ValueError, match=r"weighted sum is no adapter"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
+    assert list(model.peft_config) == ["default", "other"]
+    assert torch.equal(run(model, batch), before)
+
+
 @pytest.mark.parametrize("name", [*LAYERS, "mha", "moe"])
 def test_combine_is_exact(method: Method, name: str) -> None:
     """The tensors of the sum, before they are rounded to float32."""
-    skip_replacing(method)
+    skip_without_sums(method)
     pico = (LAYERS | MODELS)[name]
     model = three_adapters(method, pico, torch.float64)
     for layer in layers(model).values():
@@ -638,7 +658,7 @@ def test_combine_is_exact(method: Method, name: str) -> None:
 
 @pytest.mark.parametrize("name", WITHOUT_WHOLE_MODULES)
 def test_a_weighted_sum_can_be_saved(method: Method, name: str, tmp_path: Path) -> None:
-    skip_replacing(method)
+    skip_without_sums(method)
     pico = MODELS[name]
     model, batch = three_adapters(method, pico, torch.float32), pico.batch()
     expected = dense_output(model, batch, {"default": 0.7, "other": -1.3, "third": 0.5})
@@ -652,7 +672,7 @@ def test_a_weighted_sum_can_be_saved(method: Method, name: str, tmp_path: Path) 
 
 
 def test_weighted_sums_that_cannot_be_are_refused(method: Method) -> None:
-    skip_replacing(method)
+    skip_without_sums(method)
     model = adapt(method, MODELS["mlp"])
     for adapters, weights, name, kind, message in (
         (["bogus"], [1.0], "sum", "linear", "bogus.*not loaded.*default"),
@@ -838,7 +858,7 @@ def test_compiles_whole_and_once(method: Method, name: str) -> None:
     pico = MODELS[name]
     results = []
     for compiled in (False, True):
-        model, batch = adapt(method, pico), pico.batch()
+        model, batch = adapt(method, pico, **method.steady), pico.batch()
         call = model
         if compiled:
             torch._dynamo.reset()
@@ -1024,7 +1044,7 @@ def test_batch_norm_statistics_merge_and_unmerge(method: Method, name: str) -> N
 @pytest.mark.parametrize(("weights", "shares"), [((1.0, 3.0), (0.25, 0.75)), ((1.0, -2.0), (1.0, 0.0)), ((-1.0, 0.0), None)])
 def test_a_weighted_sum_averages_the_statistics(method: Method, weights: Any, shares: tuple[float, float] | None) -> None:
     """They cannot be summed: the mean by the positive weights; the base's, if there is none."""
-    skip_replacing(method)
+    skip_without_sums(method)
     pico = MODELS["batch norm"]
     model = get_peft_model(pico.model(), config(method, pico))
     train(model, pico.batch())

@@ -30,8 +30,8 @@ def groups_for(size: int, kind: str) -> tuple[Groups | None, Tensor]:
     """No groups, or three, and the group of every entry."""
     if kind == "one":
         return None, torch.zeros(size, dtype=torch.long)
-    numbers = partition(size, 3, 0, "x")
-    return Groups(3, lambda: numbers), numbers.long()
+    numbers = partition(3, 0, "x", 0, size)
+    return Groups(3, lambda start, stop, device: numbers[start:stop]), numbers.long()
 
 
 @pytest.fixture(params=[2**18, 7], ids=["one chunk", "chunks of 7"])
@@ -86,7 +86,7 @@ GOLDEN = [5, 5, 8, 6, 3, 9, 7, 1, 7, 5, 0, 4, 7, 8, 0, 5]
 
 def test_the_map_is_the_same_everywhere() -> None:
     """Written down once: a file that was made on another machine depends on these numbers."""
-    assert partition(16, 10, 0, "layer.weight").tolist() == GOLDEN
+    assert partition(10, 0, "layer.weight", 0, 16).tolist() == GOLDEN
     assert _by_hand(16, 10, 0, "layer.weight") == GOLDEN
 
 
@@ -104,14 +104,14 @@ def _by_hand(size: int, parts: int, seed: int, name: str) -> list[int]:
 
 
 def test_a_map_is_even_and_belongs_to_its_block_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = partition(200_000, 7, 3, "a")
+    whole = partition(7, 3, "a", 0, 200_000)
     counts = torch.bincount(whole.long(), minlength=7).double()
     assert float(((counts - counts.mean()) ** 2 / counts.mean()).sum()) < 22.5  # chi squared, 6 degrees, 0.1 %
     for seed, name in ((3, "b"), (4, "a")):
-        same = (partition(200_000, 7, seed, name) == whole).double().mean()
+        same = (partition(7, seed, name, 0, 200_000) == whole).double().mean()
         assert float(same) == pytest.approx(1 / 7, abs=0.01)
     monkeypatch.setattr(groups, "CHUNK", 1000)
-    assert torch.equal(partition(200_000, 7, 3, "a"), whole)
+    assert torch.equal(partition(7, 3, "a", 0, 200_000), whole)
 
 
 # The node ----------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeErr
 from tests.merging.tiny import contents, near, random_tensors, read, recipe, trio, write
 
 STATISTICS = [name for name in names() if get(name).statistics]
-METHODS = [name for name in names() if name not in STATISTICS]
+LEARNED = [name for name in names() if get(name).learned]  # by an adapter, see test_learned.py
+METHODS = [name for name in names() if name not in STATISTICS + LEARNED]
 OPTIONS: dict[str, dict[str, Any]] = {
     name: {
         key: value for key, value in {"density": 0.5, "lambda": 0.7}.items() if any(p.name == key for p in get(name).parameters)

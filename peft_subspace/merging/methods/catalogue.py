@@ -49,6 +49,8 @@ _TIES = "TIES-Merging, arXiv:2306.01708"
 _DARE = "DARE, arXiv:2311.03099"
 _DELLA = "DELLA-Merging, arXiv:2406.11617"
 _CRUMBS = "Model Breadcrumbs, arXiv:2312.06795"
+_ATLAS = "aTLAS, arXiv:2407.02880"
+_CONCRETE = "Concrete subspace learning, arXiv:2312.06173"
 _ONE_D = "weighted mean of the deltas for tensors that are not matrices"
 
 for _method in (
@@ -152,6 +154,14 @@ for _method in (
             Parameter("inner", "ties", choices=("ties", "task_arithmetic"), help="how the aligned blocks are merged"),
         ),
         reference="KnOTS, arXiv:2410.19735", fallback="the inner method on the deltas",
+    ),
+    Method(
+        "atlas", "elementwise", "delta", f"{_HERE}.atlas:merge", (LAMBDA,), reference=_ATLAS,
+        learned=f"{_HERE}.atlas:saved_coefficients",
+    ),
+    Method(
+        "concrete", "elementwise", "delta", f"{_HERE}.concrete:merge", (LAMBDA,), reference=_CONCRETE,
+        learned=f"{_HERE}.concrete:saved_mask",
     ),
     Method(
         "regmean", "matrix", "model", f"{_HERE}.data:regmean",

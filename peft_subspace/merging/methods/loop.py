@@ -56,6 +56,7 @@ class Job:
         device: Of the computation.
         chunk: Elements to read at a time, rounded to whole blocks or rows. "matrix" methods read the whole tensor.
         as_delta: Give the merged delta, without the base.
+        learned: What was learned for this tensor, for methods that merge by that.
     """
 
     method: Method
@@ -71,6 +72,7 @@ class Job:
     device: torch.device | str = "cpu"
     chunk: int = CHUNK
     as_delta: bool = False
+    learned: Any = None
 
     @property
     def count(self) -> int:
@@ -137,7 +139,9 @@ def settle(job: Job) -> tuple[Kind, Inputs]:
         weights = [float(given.get("weight", 1.0)) for given in per_model]
     if method.check is not None:
         method.check(options, per_model, weights, job.semantics)
-    inputs = Inputs(None, (), tuple(weights), options, per_model, job.name, job.shape, 0, job.seed, {}, job.semantics)
+    inputs = Inputs(
+        None, (), tuple(weights), options, per_model, job.name, job.shape, 0, job.seed, {}, job.semantics, learned=job.learned
+    )
     return method.kind_for(options), inputs
 
 

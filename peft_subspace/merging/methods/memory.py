@@ -46,6 +46,7 @@ def merge_tensors(
     are_deltas: bool = False,
     as_delta: bool = False,
     statistics: Sequence[Tensor] | None = None,
+    learned: Any = None,
     name: str = "weight",
     seed: int = 0,
     semantics: Semantics = "mergekit",
@@ -64,6 +65,7 @@ def merge_tensors(
         are_deltas: `tensors` are theta_k - theta_0.
         as_delta: Return the merged delta, not theta_0 + delta.
         statistics: K tensors, for the methods that need them.
+        learned: What was learned for this tensor, for the methods that merge by that.
         name: Of the tensor; random methods draw by it.
         seed: Of random methods.
         semantics: Whose definition to follow where tools differ.
@@ -79,7 +81,7 @@ def merge_tensors(
     method = get(method) if isinstance(method, str) else method
     job = _job(
         method, base, tensors, weights, options, per_model, are_deltas=are_deltas, as_delta=as_delta, statistics=statistics,
-        name=name, seed=seed, semantics=semantics, dtype=dtype, chunk=chunk,
+        learned=learned, name=name, seed=seed, semantics=semantics, dtype=dtype, chunk=chunk,
     )  # fmt: skip
     return _run(job, reduce_tensors([job]))
 
@@ -94,6 +96,7 @@ def merge_state_dicts(
     *,
     names: Iterable[str] | None = None,
     statistics: Sequence[Mapping[str, Tensor]] | None = None,
+    learned: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Merge K state dicts in memory, tensor by tensor.
@@ -107,6 +110,7 @@ def merge_state_dicts(
         per_model: K mappings of its parameters of scope "model".
         names: The tensors to merge; by default all floating ones of the first model. All models must have them.
         statistics: K dicts, for the methods that need them; a tensor that is in none of them has none.
+        learned: What was learned for each tensor, for the methods that merge by that.
         **settings: As for `merge_tensors`.
 
     Returns:
@@ -127,7 +131,7 @@ def merge_state_dicts(
         found = [given[name] for given in statistics] if statistics and all(name in given for given in statistics) else None
         origin = None if base is None else base[name]
         tensors = [model[name] for model in models]
-        given = {"statistics": found, "name": name, **settings}
+        given = {"statistics": found, "learned": (learned or {}).get(name), "name": name, **settings}
         jobs.append(_job(method, origin, tensors, weights, options, per_model, demand=not statistics, **given))
     together = reduce_tensors(jobs) if jobs and jobs[0].semantics in method.whole_model else None
     return {job.name: _run(job, reduce_tensors([job]) if together is None else together) for job in jobs}
@@ -145,6 +149,7 @@ def _job(
     as_delta: bool = False,
     statistics: Sequence[Tensor] | None = None,
     demand: bool = True,
+    learned: Any = None,
     name: str = "weight",
     seed: int = 0,
     semantics: Semantics = "mergekit",
@@ -153,10 +158,14 @@ def _job(
 ) -> Job:
     """The merge of one tensor, checked."""
     _check(method, base, tensors, weights, statistics if demand else ())
+    if method.learned and learned is None:
+        raise ValueError(
+            f"merge method {method.name!r} merges by what was learned: give `learned`, or a recipe with its adapter"
+        )
     options, per_model = spread(method, options or {}, per_model, len(tensors))
     read = _Reader(base, tensors, are_deltas, statistics, method.kind == "matrix")
     shape, device = tuple(tensors[0].shape), tensors[0].device
-    return Job(method, shape, read, options, per_model, weights, name, seed, semantics, dtype, device, chunk, as_delta)
+    return Job(method, shape, read, options, per_model, weights, name, seed, semantics, dtype, device, chunk, as_delta, learned)
 
 
 def _run(job: Job, reduced: Mapping[str, Any]) -> Tensor:

@@ -84,6 +84,7 @@ class Inputs:
         reduced: What the method's passes over the whole tensor found, by their names.
         semantics: Whose definition to follow where tools differ.
         statistics: K tensors that belong to this one (`Method.statistics`), or None.
+        learned: What was learned for this tensor (`Method.learned`), or None.
     """
 
     base: Tensor | None
@@ -98,6 +99,7 @@ class Inputs:
     reduced: Mapping[str, Any] = field(default_factory=dict)
     semantics: Semantics = "mergekit"
     statistics: Sequence[Tensor] | None = None
+    learned: Any = None
 
 
 class Pass(Protocol):
@@ -159,6 +161,8 @@ class Method:
         whole_model: Semantics in which the passes go over all tensors of the model together, before any is merged.
         second_axis: Semantics in which a kernel of kind "rows" works along the second of three axes or more. Its rows are
             then whole slices of the first axis, `[slices, rest]`, which `Inputs.shape` tells how to view.
+        learned: For a method that merges by a saved adapter, "module:function" that reads what it learned for one tensor
+            (`merging.learned` has the rules); empty for a method that merges by numbers of the recipe.
     """
 
     name: str
@@ -177,6 +181,12 @@ class Method:
     fallback: str = ""
     whole_model: tuple[Semantics, ...] = ()
     second_axis: tuple[Semantics, ...] = ()
+    learned: str = ""
+
+    @property
+    def learned_tensor(self) -> Callable[..., Any]:
+        """The function behind `learned`; imports its module, which needs no torch for it."""
+        return _resolve(self.learned)
 
     @property
     def merge(self) -> Kernel:

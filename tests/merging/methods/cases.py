@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_subspace.merging.methods.atlas import Coefficients
 from peft_subspace.merging.methods.memory import merge_tensors
 from peft_subspace.merging.methods.registry import get
 
@@ -37,6 +38,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("iso_cts", {}),
     ("knots", {"density": 0.5}),
     ("knots", {"inner": "task_arithmetic"}),
+    ("atlas", {"lambda": 0.7}),
     ("regmean", {}),
     ("fisher", {}),
 ]
@@ -65,6 +67,12 @@ def statistics(method: str, count: int, shape: tuple[int, ...]) -> list[Tensor] 
     return [torch.rand(shape) + 0.1 for _ in range(count)] if get(method).statistics else None
 
 
+def learned(method: str, count: int) -> Any:
+    """What a learned method merges by."""
+    return Coefficients(torch.linspace(1.0, -0.5, count)) if get(method).learned else None
+
+
 def merge(method: str, options: dict[str, Any], base: Tensor, tensors: list[Tensor], *rest: Any, **settings: Any) -> Tensor:
     origin = None if get(method).base == "ignored" else base
+    settings.setdefault("learned", learned(method, len(tensors)))
     return merge_tensors(method, origin, tensors, *(rest or (None,)), options, **settings)

@@ -34,7 +34,7 @@ def other_packages(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown merge method 'tie'; did you mean 'ties'"):
         get("tie")
-    with pytest.raises(ValueError, match=r"unknown merge method 'zzzzz'; there are average, breadcrumbs"):
+    with pytest.raises(ValueError, match=r"unknown merge method 'zzzzz'; there are atlas, average, breadcrumbs"):
         get("zzzzz")
 
 
@@ -118,6 +118,7 @@ def test_unknown_parameters_and_wrong_places() -> None:
         ("linear", False, 2, {"weights": [1.0]}, r"got 1 weights for 2 models"),
         ("linear", False, 2, {"weights": [1.0, -1.0]}, r"the weights 1, -1 sum to 0; set normalize: false, or change them"),
         ("karcher", False, 2, {"weights": [1.0, -1.0]}, r"the weights 1, -1 sum to 0; change them"),
+        ("atlas", True, 2, {}, r"'atlas' merges by what was learned: give `learned`, or a recipe with its adapter"),
         ("fisher", False, 2, {}, r"'fisher' needs statistics: the diagonal Fisher information"),
         ("della", True, 1, {"options": {"density": 0.9, "epsilon": 0.2}}, r"chances from 0.7 to 1.1, which must lie inside"),
     ],

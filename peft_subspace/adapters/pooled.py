@@ -1,0 +1,136 @@
+"""What methods that compose weights of a pool of task vectors have in common: config fields, and the tuner's preparation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..base import Geometry, SubspaceConfig, SubspaceModel
+from ..task_vectors.pool import DTYPES, reference_text
+from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR
+from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
+
+PLACEMENTS = ("device", "cpu", "disk")
+
+
+@dataclass
+class PooledConfig(SubspaceConfig):
+    """Fields of a config with a pool of task vectors.
+
+    Args:
+        pool: name -> task vector: a fine-tuned model, an adapter, or a task-vector file, as a folder, a file or a Hub id
+            (`model@revision`), or `{"path": ..., "revision": ..., "base": ...}`.
+        base: the base of whole models in the pool, if it is not the model's own `name_or_path`.
+        exclude_pool: names to leave out.
+        target_modules: as everywhere; None takes every parameter that the pool changes.
+        block_types: kinds of parameters that are composed: "linear", "conv", "embedding", "norm", "bias", "other".
+        vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with a scale for each tensor.
+        placement: "device" keeps dense vectors where the weights are, "cpu" in the host's memory, "disk" in their files.
+        max_vector_bytes: refuse a pool that takes more memory.
+        strict: refuse vectors with tensors that fit no parameter of the model.
+        provenance: filled in: hashes of the vectors and samples of the base; a file's are checked on loading.
+    """
+
+    patterns: ClassVar[dict[str, str]] = {}
+    # PEFT saves an embedding whole where it is adapted, except by methods that train single tokens: of those, none.
+    trainable_token_indices: ClassVar[dict[str, Any]] = {}
+    opened: ClassVar[OpenedPool | None] = None  # of an instance, once it was put on a model
+    block: ClassVar[str] = ""  # of the config of one weight: its name
+    fused_splits: ClassVar[dict[str, int]] = {}  # of methods that cut a fused weight
+
+    pool: dict[str, Any] = field(default_factory=dict, metadata={"help": "Name -> task vector."})
+    base: str | None = field(default=None, metadata={"help": "The base of whole models in the pool."})
+    exclude_pool: list[str] = field(default_factory=list, metadata={"help": "Vectors to leave out."})
+    block_types: list[str] = field(default_factory=lambda: list(BLOCK_TYPES), metadata={"help": "Kinds of parameters."})
+    vector_dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32", metadata={"help": "Of dense vectors."})
+    placement: Literal["device", "cpu", "disk"] = field(default="device", metadata={"help": "Where dense vectors are."})
+    max_vector_bytes: int | None = field(default=None, metadata={"help": "Most memory that the pool may take."})
+    strict: bool = field(default=True, metadata={"help": "Refuse vectors that do not fit whole."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in: hashes of vectors and base."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout or self.rank_pattern:
+            raise ValueError(
+                f"dropout={self.dropout!r}, rank_pattern={self.rank_pattern!r}: composed weights have neither. Leave them out."
+            )
+        self.check_choice("vector_dtype", tuple(DTYPES))
+        self.check_choice("placement", PLACEMENTS)
+        if not isinstance(self.pool, dict) or isinstance(self.exclude_pool, str):
+            raise ValueError(
+                f"pool={self.pool!r}, exclude_pool={self.exclude_pool!r}: a table {{name: place}} and a list of names are "
+                f"expected."
+            )
+        if not (self.max_vector_bytes is None or isinstance(self.max_vector_bytes, int)):
+            raise ValueError(f"max_vector_bytes={self.max_vector_bytes!r}: a number of bytes is expected.")
+        self.pool = {name: os.fspath(s) if isinstance(s, os.PathLike) else s for name, s in self.pool.items()}
+        unknown = [kind for kind in self.block_types if kind not in BLOCK_TYPES]
+        if unknown or not self.block_types:
+            raise ValueError(f"block_types={self.block_types!r}: accepted are {', '.join(map(repr, BLOCK_TYPES))}.")
+        self.check_in_pool(self.exclude_pool)
+
+    def check_choice(self, name: str, accepted: tuple[Any, ...]) -> None:
+        """Raise ValueError if a field has none of the accepted values."""
+        if getattr(self, name) not in accepted:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
+
+    def check_in_pool(self, names: Any) -> None:
+        """Raise ValueError for names of vectors that the pool does not have."""
+        unknown = sorted(set(names) - set(self.pool))
+        if unknown:
+            raise ValueError(f"{unknown} are not in the pool, which has {sorted(self.pool)}.")
+
+    @property
+    def vector_names(self) -> list[str]:
+        """Names of the vectors in the order of the coefficients: the pool's, or that of the file."""
+        if self.is_from_file and self.provenance is not None:  # a file's JSON keeps the order of a list, not of a table
+            return [record["name"] for record in self.provenance["vectors"]]
+        return [name for name in self.pool if name not in self.exclude_pool]
+
+    @property
+    def summary(self) -> tuple[str, str]:
+        """What a model card says in place of the ranks."""
+        return "Task vectors", ", ".join(f"{name} (`{reference_text(self.pool[name])}`)" for name in self.vector_names)
+
+    def for_layer(self, key: str, weight: str = "weight") -> Any:
+        """This config, with the name of the block."""
+        resolved = super().for_layer(key, weight)
+        resolved.block = block_name(key, weight)
+        return resolved
+
+
+class PooledModel(SubspaceModel):
+    """A tuner that opens the pool of its config, and takes what the pool changes for the targets."""
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        peft_config.opened = open_blocks(peft_config, model)
+        if peft_config.target_modules is None and not peft_config.target_parameters:
+            peft_config.target_modules, peft_config.target_parameters = default_targets(peft_config.opened, model, peft_config)
+        super()._prepare_model(peft_config, model)
+
+    def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
+        chosen_blocks(config, model, targets)
+
+    @torch.no_grad()
+    def save_task_vector(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Write what an adapter adds to the base as a task-vector file, for merge recipes, `inspect` and other pools.
+
+        Args:
+            path: ends in `.safetensors`; it appears when it is whole.
+            adapter_name: the adapter.
+        """
+        tensors = {}
+        for _, layer in self.named_subspace_layers():
+            for container, delta in layer.deltas(adapter_name).items():
+                dense = delta.geometry.native(layer.dense_update(container, adapter_name))
+                tensors[delta.block] = dense.float().cpu().contiguous()
+        base = str(self.peft_config[adapter_name].base_model_name_or_path or "")
+        metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": base, "version": "1"}
+        partial = f"{os.fspath(path)}.partial"
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)

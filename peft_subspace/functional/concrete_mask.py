@@ -1,0 +1,256 @@
+"""A mask with learned logits on a sum of task vectors, and its gradients.
+
+    sample   m[e] = sigmoid((ln(u / (1 - u)) + x[e]) / T),    u uniform: the binary Concrete (Gumbel-sigmoid) relaxation
+    mean     m[e] = sigmoid(x[e])
+    hard     m[e] = 1 where x[e] >= 0, else 0
+    weight   W = W_0 + m / mean(m) * delta,     delta = sum_t lambda_t tau_t,     without rescaling W_0 + m * delta
+
+With rows or columns as groups, x has one entry for each of them: m[e] = m[pi(e)]. The mean is over the entries of the tensor.
+Gradients, with G = dL/dW, mu = mean(m) over n entries, s = sum_e G[e] m[e] delta[e]:
+
+    dL/dm[e]       = G[e] delta[e] / mu - s / (n mu^2)
+    dL/dx[e]       = dL/dm[e] * dm/dx,    dm/dx = m (1 - m) / T for a sample, m (1 - m) for the mean
+    dL/dlambda[t]  = sum_e G[e] m[e] tau_t[e] / mu
+
+Source: Tang et al., "Concrete Subspace Learning based Interference Elimination" (arXiv:2312.06173), as its official code
+computes it; the rescaling by the mean of the sample, over each tensor, is in that code. Noise is never kept: backward makes it
+again from the position, so that nothing of a weight's size lives from forward to backward but what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .composition import Vector
+from .groups import Groups
+from .noise import odds
+
+CHUNK = 2**16  # values at a time: five buffers of them fit into a core's cache
+TINY = 2.0**-24
+LIMIT = 80.0  # exp(80) is finite in float32; sigmoid(-80) is not told from 0
+
+Kind = Literal["sample", "mean", "hard"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """m of one tensor, for one composition.
+
+    Args:
+        logits: x, flat; one for each entry of the tensor, or for each group.
+        kind: "sample", "mean" or "hard".
+        temperature: T of a sample.
+        stream: of a sample, what its noise belongs to; see `noise.odds`. Empty: torch's own generator, new each time.
+        portable: make the noise on the CPU, so that it is the same on every device.
+    """
+
+    logits: Tensor = field(repr=False)
+    kind: Kind = "mean"
+    temperature: float = 0.5
+    stream: tuple[Any, ...] = ()
+    portable: bool = False
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """m of the logits [start, stop), float32 or their wider dtype, a tensor of its own."""
+        logits = self.logits[start:stop]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.kind == "hard":
+            return (logits >= 0).to(logits.dtype)
+        if self.kind == "mean":
+            return torch.sigmoid(logits)
+        # (1-u)/u * exp(-x) to the power 1/T, plus 1, inverted: the sigmoid without a logarithm of the noise
+        if self.stream:
+            device = torch.device("cpu") if self.portable else logits.device
+            value = odds(self.stream, start, stop, device).to(logits.device, logits.dtype)
+        else:
+            value = torch.rand_like(logits).clamp_(TINY, 1 - TINY).reciprocal_().sub_(1)
+        value.mul_(torch.exp(-logits.clamp(-LIMIT, LIMIT)))
+        power = 1 / self.temperature
+        if power == 2:
+            value.mul_(value)
+        elif power != 1:
+            value.pow_(power)
+        return value.add_(1).reciprocal_()
+
+    def values(self) -> Tensor:
+        """m of all logits."""
+        size = self.logits.numel()
+        return torch.cat([self.part(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)])
+
+    def slope(self, m: Tensor) -> Tensor:
+        """dm/dx, of the values m; they are overwritten."""
+        if self.kind == "hard":
+            return m.zero_()
+        m.sub_(m.square())  # m - m^2
+        return m.div_(self.temperature) if self.kind == "sample" else m
+
+
+@dataclass(frozen=True)
+class Masked:
+    """m / mean(m) * sum_t lambda_t tau_t, at the values that the tensors had when it was made.
+
+    Args:
+        mask: m.
+        vectors: tau, None for zero.
+        coefficients: lambda `[T]`, float64 or float32.
+        groups: pi, where the mask has fewer logits than the tensor has entries.
+        rescale: divide by the mean of the mask.
+    """
+
+    mask: Mask
+    vectors: Sequence[Vector | None]
+    coefficients: Tensor
+    groups: Groups | None = None
+    rescale: bool = True
+
+    def _delta(self, start: int, stop: int, like: Tensor, numbers: Sequence[Any]) -> Tensor:
+        """delta [start, stop), a tensor of its own."""
+        parts = [
+            (n, vector.part(start, stop, like)) for n, vector in zip(numbers, self.vectors, strict=True) if vector is not None
+        ]
+        return weighted_sum([number for number, _ in parts], [part for _, part in parts], like)
+
+    @torch.no_grad()
+    def accumulate(self, total: Tensor) -> None:
+        """total += m / mean(m) * delta, in place.
+
+        Args:
+            total: the weight, contiguous, float32 or float64.
+
+        Cost: about 20 elementwise operations an entry and one pass over each tau; memory for one more weight while it runs.
+        """
+        flat = total.view(-1)
+        masked = torch.empty_like(flat)
+        numbers = list(self.coefficients.to(flat.device, flat.dtype))
+        per_group = None if self.groups is None else self.mask.values().to(flat.dtype)
+        found = flat.new_zeros((), dtype=torch.float64)
+        for start, stop in _cuts(flat.numel()):
+            part = masked[start:stop]
+            m = self._entries(start, stop, per_group, flat)
+            found += m.sum(dtype=torch.float64)
+            torch.mul(m, self._delta(start, stop, part, numbers), out=part)
+        flat.add_(masked.mul_(self._scale(found / flat.numel()).to(flat.dtype)))
+
+    def _entries(self, start: int, stop: int, per_group: Tensor | None, like: Tensor) -> Tensor:
+        if per_group is None or self.groups is None:
+            return self.mask.part(start, stop).to(like.dtype)
+        return per_group[self.groups.part(start, stop, like.device)]
+
+    def _scale(self, mean: Tensor) -> Tensor:
+        return _inverse(mean) if self.rescale else torch.ones_like(mean)
+
+    @torch.no_grad()
+    def pull_back(self, grad: Tensor, logits: bool = True, coefficients: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients for the logits (flat) and the coefficients `[T]` from dL/dW; None for what is not wanted.
+
+        Args:
+            grad: G, of the tensor's shape, any float dtype.
+            logits: whether theirs is wanted.
+            coefficients: whether theirs is wanted.
+
+        Cost: as `accumulate`, and 2 n flops for each tau with `coefficients`. While it runs, memory for one more weight beside
+        the result.
+        """
+        flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
+        size, wide = flat.numel(), torch.promote_types(grad.dtype, torch.float32)
+        like = flat.new_empty(0, dtype=wide)
+        numbers = list(self.coefficients.to(flat.device, wide))
+        values = None if self.groups is None else self.mask.values().to(wide)
+        count = self.mask.logits.numel()
+        m_all = flat.new_empty(count, dtype=wide) if values is None else values.clone()  # becomes the gradient
+        pulled = flat.new_empty(count, dtype=wide) if values is None else flat.new_zeros(count, dtype=wide)  # G delta
+        sums = flat.new_zeros(2, dtype=torch.float64)  # of m, of G m delta
+        products = flat.new_zeros(len(numbers), dtype=torch.float64)
+        for start, stop in _cuts(size):
+            g = flat[start:stop].to(wide)
+            m = self._entries(start, stop, values, like)
+            sums[0] += m.sum(dtype=torch.float64)
+            if coefficients:
+                masked = g * m
+                for t, vector in enumerate(self.vectors):
+                    if vector is not None:
+                        products[t] += torch.dot(masked, vector.part(start, stop, masked))
+            if logits:
+                g = self._delta(start, stop, g, numbers).mul_(g)
+                sums[1] += torch.dot(g, m)
+                if values is None or self.groups is None:
+                    pulled[start:stop], m_all[start:stop] = g, m
+                else:
+                    pulled.index_add_(0, self.groups.part(start, stop, g.device), g)
+        scale = self._scale(sums[0] / size)
+        found = self._logit_gradient(m_all, pulled, sums[1], scale, size) if logits else None
+        return found, (products * scale) if coefficients else None
+
+    def _logit_gradient(self, m: Tensor, pulled: Tensor, s: Tensor, scale: Tensor, size: int) -> Tensor:
+        """(G delta / mu - s / (n mu^2)) dm/dx; a group stands for n / groups entries."""
+        if self.rescale:
+            pulled.mul_(scale.to(pulled.dtype)).sub_((s * scale.square() / m.numel()).to(pulled.dtype))
+        return self.mask.slope(m).mul_(pulled)
+
+
+def _cuts(size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+
+
+def _inverse(mean: Tensor) -> Tensor:
+    """1 / mean(m); 0 for a mask that lets nothing through, whose sum is 0 as it is."""
+    return torch.where(mean == 0, 0.0, 1 / mean)
+
+
+def mean_scale(mask: Mask) -> Tensor:
+    """1 / mean(m), float64, of a mask that may lie in a file; a pass over it, with the roundings of `Masked`."""
+    size, found = mask.logits.numel(), torch.zeros((), dtype=torch.float64)
+    for start, stop in _cuts(size):
+        found += mask.part(start, stop).sum(dtype=torch.float64)
+    return _inverse(found / size)
+
+
+def weighted_sum(numbers: Sequence[Any], parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """sum_t lambda_t tau_t of one part, a tensor of its own: the one order of roundings, in training and in files.
+
+    Args:
+        numbers: lambda, tensors of no dimension.
+        parts: of each tau.
+        like: of the shape and dtype of the sum, if there is none.
+    """
+    total = torch.zeros_like(like)
+    for number, part in zip(numbers, parts, strict=True):
+        total.addcmul_(part, number)
+    return total
+
+
+def add_weighted(total: Tensor, vector: Vector, number: float) -> None:
+    """total += lambda tau, flat, in place and by parts, with the roundings of `weighted_sum`."""
+    factor = torch.tensor(number, dtype=total.dtype, device=total.device)
+    for start, stop in _cuts(total.numel()):
+        part = total[start:stop]
+        part.addcmul_(vector.part(start, stop, part), factor)
+
+
+def masked_sum(delta: Tensor, mask: Tensor, rescale: bool = True) -> Tensor:
+    """m / mean(m) * delta with an ordinary graph: the definition that the rest is tested against.
+
+    Args:
+        delta: sum of the task vectors.
+        mask: m, of the same shape or one that broadcasts to it.
+        rescale: divide by the mean over the entries.
+    """
+    mask = mask.expand(delta.shape)
+    return delta * mask / mask.mean() if rescale else delta * mask
+
+
+def concrete_sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """sigmoid((ln(u / (1 - u)) + x) / T) with an ordinary graph, of given u in (0, 1).
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature={temperature!r} must be positive: near 0 a sample is near 0 or 1, at 1 it is spread.")
+    return torch.sigmoid((torch.logit(uniform) + logits) / temperature)

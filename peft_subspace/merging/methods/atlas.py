@@ -1,0 +1,103 @@
+"""aTLAS: replay learned coefficients, sum_t lambda[t, pi(e)] tau_t[e]; `functional.composition` has the maths in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peft_subspace.merging.methods.registry import Inputs
+from peft_subspace.task_vectors.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peft_subspace.functional.groups import Groups
+    from peft_subspace.merging.learned import Learned
+    from peft_subspace.task_vectors.headers import TensorHeader
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """lambda of one tensor.
+
+    Args:
+        values: `[T]`, or `[T, K]` with groups, float32.
+        groups: pi, which of K coefficients an entry has.
+    """
+
+    values: Tensor
+    groups: Groups | None = None
+
+    @property
+    def weights(self) -> list[float]:
+        """The T coefficients, where there are no groups."""
+        return self.values.tolist()
+
+
+@dataclass(frozen=True)
+class SavedCoefficients:
+    """lambda of one tensor in an adapter's file.
+
+    Args:
+        header: where they are, `[T]` or `[T, K]`.
+        shape: of the tensor that they compose, in the file's layout.
+        groups: what the adapter's config says about pi; None for one coefficient a vector.
+        nonnegative: whether a negative one counts as zero.
+    """
+
+    header: TensorHeader
+    shape: tuple[int, ...]
+    groups: Mapping[str, Any] | None
+    nonnegative: bool
+
+    @property
+    def headers(self) -> tuple[TensorHeader, ...]:
+        """The one tensor that is read."""
+        return (self.header,)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether there is one coefficient a vector."""
+        return self.groups is None
+
+    def open(self) -> Coefficients:
+        """Read them: T K numbers."""
+        from peft_subspace.functional.groups import groups_from
+        from peft_subspace.task_vectors.reading import read_tensor
+
+        values = read_tensor(self.header).float()
+        if not bool(values.isfinite().all()):
+            raise InputError(f"{self.header.path}: {self.header.name!r} has coefficients that are not finite.")
+        values = values.clamp_min(0) if self.nonnegative else values
+        return Coefficients(values, None if self.groups is None else groups_from(self.groups, self.shape))
+
+
+def saved_coefficients(learned: Learned, block: Mapping[str, Any], base: TensorHeader) -> SavedCoefficients:
+    """Find and check the coefficients of one tensor; see `merging.learned`."""
+    header, groups = learned.tensor(block["coefficients"]), block.get("groups")
+    expected = (len(learned.records), *(() if groups is None else (groups["count"],)))
+    if header.shape != expected:
+        raise InputError(
+            f"{learned.checkpoint.name}: {header.name!r} is {list(header.shape)}, and {list(expected)} is expected, "
+            f"one row for each task vector. Save the adapter again."
+        )
+    return SavedCoefficients(header, base.shape, groups, bool(learned.config.get("nonnegative")))
+
+
+def merge(inputs: Inputs) -> Tensor:
+    """lambda_0 sum_t lambda[t, pi(e)] tau_t[e], with `lambda` of the recipe for lambda_0: 1 replays what was learned.
+
+    Cost: 1 read, 2 flops for each entry of each vector; with groups a look-up for each entry and vector besides.
+    Source: aTLAS (arXiv:2407.02880); `functional.composition.accumulate` sums in the same order, from the base on instead of
+    from zero, so that both agree to a rounding of the sum.
+    """
+    learned, n = inputs.learned, inputs.tensors[0].numel()
+    where = None
+    if learned.groups is not None:
+        where = learned.groups.part(inputs.start, inputs.start + n, inputs.tensors[0].device)
+    total = inputs.tensors[0].new_zeros(n)
+    for number, tensor in zip(learned.values.to(total.device, total.dtype), inputs.tensors, strict=True):
+        total.addcmul_(tensor, number if where is None else number[where])
+    factor = inputs.options["lambda"]
+    return total if factor == 1.0 else total.mul_(factor)

@@ -1,0 +1,389 @@
+"""Learning how task vectors are merged, from unlabelled batches of all tasks: AdaMerging and Concrete.
+
+    loss = sum over the tasks of the mean entropy of the merged model's predictions
+
+    coefficients  lambda <- Adam(dloss/dlambda)                             aTLAS adapters, and the end of Concrete's
+    mask          lambda' <- lambda_0 - one step of Adam;  x <- Adam(dloss/dx at lambda')     one sample of the mask in both
+
+Source: AdaMerging (arXiv:2310.02575) and Concrete subspace learning (arXiv:2312.06173) with its official code. The second level
+is of first order: no gradient goes through the step to lambda'. That code resets lambda after the model of the next inner step
+was merged and keeps the inner Adam's moments; `reference_order` does so too, the default is the algorithm as it is stated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from .merge_checkpoint import load_checkpoint, moments, restore_moments, save_checkpoint
+from .objectives import entropy_loss
+from .tasks import Stream, Task
+
+
+@dataclass
+class MergeArguments:
+    """How a merge is learned; the defaults are those of the paper's vision models.
+
+    Args:
+        mask_steps: steps on the mask, if the adapter has one that is trained.
+        mask_lr: rate of Adam for the logits. A logit moves by at most about `mask_lr * mask_steps`.
+        inner_lr: rate of the one step of Adam on the coefficients before each of them, if the adapter trains coefficients. A
+            first step of Adam is `inner_lr` long for every coefficient, whatever its gradient.
+        coefficient_steps: steps on the coefficients alone, afterwards.
+        coefficient_lr: their rate of Adam.
+        accumulation: batches of each task for one step.
+        reference_order: the official code's order; see the module.
+        eval_every: steps between looks at the entropy (and at `evaluate`) without noise.
+        eval_batches: of each task, for the entropy; the same every time.
+        patience: looks without a lower entropy after which a phase ends; None for never.
+        select: what is left in the model: "best_entropy", the look with the lowest mean entropy, step 0 among them, or "last".
+        output_dir: for checkpoints and the history; None writes nothing.
+        save_every: steps between checkpoints.
+        seed: of the order of the batches.
+    """
+
+    mask_steps: int = 2000
+    mask_lr: float = 1e-3
+    inner_lr: float = 1.0
+    coefficient_steps: int = 1000
+    coefficient_lr: float = 1e-3
+    accumulation: int = 1
+    reference_order: bool = False
+    eval_every: int = 100
+    eval_batches: int = 4
+    patience: int | None = None
+    select: Literal["best_entropy", "last"] = "best_entropy"
+    output_dir: str | None = None
+    save_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("accumulation", "eval_every", "eval_batches", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1.")
+        if self.select not in ("best_entropy", "last"):
+            raise ValueError(f"select={self.select!r} is not known. Accepted: 'best_entropy', 'last'.")
+
+
+@dataclass
+class Look:
+    """The merged model at one step, without noise.
+
+    Attributes:
+        phase: "mask" or "coefficients".
+        step: in the phase; 0 is its start, of the first phase plain task arithmetic.
+        entropy: task -> mean entropy in nats.
+        metrics: what `evaluate` returned.
+    """
+
+    phase: str
+    step: int
+    entropy: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean entropy over the tasks."""
+        return sum(self.entropy.values()) / len(self.entropy)
+
+    def __str__(self) -> str:
+        metrics = "".join(f", {name} {value:.4f}" for name, value in self.metrics.items())
+        return f"{self.phase} step {self.step}: mean entropy {self.mean:.4f}{metrics}"
+
+
+class MergeTrainer:
+    """Learns the mask and coefficients of an adapter that merges task vectors.
+
+    Args:
+        model: a PeftModel with a Concrete adapter (mask, and coefficients with `learn_coefficients`), or an aTLAS one
+            (coefficients: AdaMerging).
+        tasks: all tasks; the loss is the sum of their entropies.
+        arguments: how.
+        evaluate: `model -> {name: value}`, such as accuracies; called where the entropy is looked at.
+        accelerator: for devices, mixed precision and several processes; each takes its share of the batches, and gradients are
+            averaged. Trained tensors are few, so the model is not wrapped for that.
+        adapter_name: of the adapter.
+
+    The model is in evaluation mode throughout (no dropout of the base's own); only the mask is sampled.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tasks: Sequence[Task],
+        arguments: MergeArguments | None = None,
+        *,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        accelerator: Accelerator | None = None,
+        adapter_name: str = "default",
+    ) -> None:
+        if len({task.name for task in tasks}) != len(tasks) or not tasks:
+            raise ValueError(
+                f"tasks={[task.name for task in tasks]!r}: one or more tasks with names of their own are expected."
+            )
+        self.model, self.tasks, self.adapter_name = model, list(tasks), adapter_name
+        self.arguments = arguments or MergeArguments()
+        self.accelerator = accelerator or Accelerator()
+        self.evaluate = evaluate
+        self.masks, self.coefficients = self._trained()
+        self.starts = [tensor.detach().clone() for tensor in self.coefficients]
+        self.history: list[Look] = []
+        self._phase, self._step = "", 0
+        self._best: tuple[float, list[Tensor]] | None = None
+        self._looks_since_best = 0
+        self._held_out = {task.name: list(islice(task.batches, self.arguments.eval_batches)) for task in self.tasks}
+        self._restart_streams()
+
+    def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
+        found: dict[int, Tensor] = {}
+        for _, layer in self.model.base_model.named_subspace_layers():
+            for delta in layer.deltas(self.adapter_name).values():
+                found |= {id(tensor): tensor for tensor in delta.trained if tensor.requires_grad}
+        coefficients = {id(p) for name, p in self.model.named_parameters() if name.endswith(".coefficients")}
+        if not found:
+            raise ValueError(
+                f"The adapter {self.adapter_name!r} has neither a mask nor coefficients that are trained. Set train_mask=True "
+                f"or learn_coefficients, and load it with is_trainable=True."
+            )
+        masks = [tensor for key, tensor in found.items() if key not in coefficients]
+        return masks, [tensor for key, tensor in found.items() if key in coefficients]
+
+    def _restart_streams(self) -> None:
+        processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.streams = [Stream(task, self.arguments.seed * 1_000_003 + k, *processes) for k, task in enumerate(self.tasks)]
+
+    # Running -----------------------------------------------------------------------------------------------------------
+
+    def train(self, resume: bool = False) -> list[Look]:
+        """Run what is left of the phases; the history, whose first entry is plain task arithmetic.
+
+        Args:
+            resume: go on from the checkpoint in `output_dir`, with the bits of a run that was not interrupted; start anew if
+                there is none.
+
+        Raises:
+            ValueError: `resume` without `output_dir`, or a checkpoint of other arguments or another adapter.
+        """
+        state = self._load() if resume else None
+        self.model.to(self.accelerator.device).eval()
+        phases = [("mask", self.arguments.mask_steps)] if self.masks else []
+        phases += [("coefficients", self.arguments.coefficient_steps)] if self.coefficients else []
+        for phase, steps in phases:
+            if self._phase == "coefficients" and phase == "mask":
+                continue  # the checkpoint is beyond it
+            if self._phase != phase:
+                self._begin(phase)
+            self._run(phase, steps, state)
+            state = None
+        self._say(f"step 0 (task arithmetic): {self.history[0]}")
+        self._say(f"result: {self._selected()}")
+        self._write_history()
+        return self.history
+
+    def _begin(self, phase: str) -> None:
+        if phase == "coefficients" and self.masks:
+            self._reset()
+            self.model.base_model.freeze_mask(self.adapter_name)
+        self._phase, self._step, self._best, self._looks_since_best = phase, 0, None, 0
+
+    def _run(self, phase: str, steps: int, state: dict[str, Tensor] | None) -> None:
+        trained, rate = (self.masks, self.arguments.mask_lr)
+        if phase == "coefficients":
+            trained, rate = (self.coefficients, self.arguments.coefficient_lr)
+        optimizer = self.accelerator.prepare(torch.optim.Adam(trained, lr=rate))
+        inner = self._inner_optimizer() if phase == "mask" and self.coefficients else None
+        if state is not None:
+            restore_moments(optimizer, trained, state, "outer")
+            if inner is not None:
+                restore_moments(inner, self.coefficients, state, "inner")
+        if self._step == 0:
+            self._look(trained)
+        while self._step < steps and not self._is_over():
+            if phase == "mask":
+                inner = self._mask_step(optimizer, inner)
+            else:
+                self._backward(self.coefficients)
+                self._apply(optimizer)
+            self._step += 1
+            if self._step % self.arguments.eval_every == 0 or self._step == steps:
+                self._look(trained)
+            if self.arguments.output_dir and (self._step % self.arguments.save_every == 0 or self._step == steps):
+                self._save(optimizer, inner, trained)
+        if self.arguments.select == "best_entropy" and self._best is not None:
+            _assign(trained, self._best[1])
+
+    def _inner_optimizer(self) -> Any:
+        return self.accelerator.prepare(torch.optim.Adam(self.coefficients, lr=self.arguments.inner_lr))
+
+    def _mask_step(self, optimizer: Any, inner: Any) -> Any:
+        base = self.model.base_model
+        base.redraw(self._step, self.adapter_name)
+        base.sample_mask(True, self.adapter_name)
+        try:
+            if inner is not None:
+                inner = self._inner_step(inner)
+            self._backward(self.masks)
+            self._apply(optimizer)
+        finally:
+            base.sample_mask(False, self.adapter_name)
+        return inner
+
+    def _inner_step(self, inner: Any) -> Any:
+        """lambda' = lambda_0 - one step, left in the model for the outer one."""
+        if self.arguments.reference_order:
+            self._backward(self.coefficients)  # of the model that was merged with the last lambda'
+            self._reset()
+        else:
+            self._reset()
+            inner = self._inner_optimizer()
+            self._backward(self.coefficients)
+        self._apply(inner)
+        return inner
+
+    def _reset(self) -> None:
+        _assign(self.coefficients, self.starts)
+
+    def _backward(self, wanted: Sequence[Tensor]) -> None:
+        """Gradients of the loss for some of the trained tensors, averaged over batches and processes."""
+        everything = [tensor for tensor in (*self.masks, *self.coefficients) if tensor.requires_grad]
+        for tensor in everything:
+            tensor.requires_grad_(any(tensor is other for other in wanted))
+            tensor.grad = None
+        try:
+            for _ in range(self.arguments.accumulation):
+                for task, stream in zip(self.tasks, self.streams, strict=True):
+                    with self.accelerator.autocast():
+                        loss = self._entropy(task, stream.next())
+                    self.accelerator.backward(loss / self.arguments.accumulation)
+        finally:
+            for tensor in everything:
+                tensor.requires_grad_(True)
+        if self.accelerator.num_processes > 1:
+            for tensor in wanted:
+                if tensor.grad is not None:
+                    tensor.grad = self.accelerator.reduce(tensor.grad, reduction="mean")
+
+    def _apply(self, optimizer: Any) -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _entropy(self, task: Task, batch: Any) -> Tensor:
+        return entropy_loss(task.logits(self.model, send_to_device(batch, self.accelerator.device)))
+
+    # Looking -----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _look(self, trained: Sequence[Tensor]) -> None:
+        inner = [tensor.detach().clone() for tensor in self.coefficients] if self._phase == "mask" else []
+        if inner:
+            self._reset()  # lambda' belongs to a step; what counts is the mask with lambda_0
+        look = Look(self._phase, self._step, {task.name: self._mean_entropy(task) for task in self.tasks})
+        look.metrics = dict(self.evaluate(self.model)) if self.evaluate is not None else {}
+        self.history.append(look)
+        self._say(str(look))
+        if self._best is None or look.mean < self._best[0]:
+            self._best, self._looks_since_best = (look.mean, [t.detach().clone() for t in trained]), 0
+        else:
+            self._looks_since_best += 1
+        if inner:
+            _assign(self.coefficients, inner)
+
+    def _mean_entropy(self, task: Task) -> float:
+        with self.accelerator.autocast():
+            found = [float(self._entropy(task, batch)) for batch in self._held_out[task.name]]
+        if not all(map(math.isfinite, found)):
+            raise ValueError(
+                f"The entropy of task {task.name!r} is not finite at {self._phase} step {self._step}. Lower the rates."
+            )
+        return sum(found) / len(found)
+
+    def _is_over(self) -> bool:
+        return self.arguments.patience is not None and self._looks_since_best >= self.arguments.patience
+
+    def _selected(self) -> Look:
+        last = [look for look in self.history if look.phase == self._phase]
+        return min(last, key=lambda look: look.mean) if self.arguments.select == "best_entropy" else last[-1]
+
+    def _say(self, text: str) -> None:
+        self.accelerator.print(text)
+
+    # Checkpoints -------------------------------------------------------------------------------------------------------
+
+    def _save(self, optimizer: Any, inner: Any, trained: Sequence[Tensor]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = self._tensors() | moments(optimizer, trained, "outer")
+        if inner is not None and self.arguments.reference_order:
+            tensors |= moments(inner, self.coefficients, "inner")
+        tensors |= {f"start.{i}": tensor for i, tensor in enumerate(self.starts)}
+        tensors |= {f"best.{i}": tensor for i, tensor in enumerate([] if self._best is None else self._best[1])}
+        state = {
+            "arguments": self._identity(),
+            "phase": self._phase,
+            "step": self._step,
+            "taken": [stream.taken for stream in self.streams],
+            "best": None if self._best is None else self._best[0],
+            "looks_since_best": self._looks_since_best,
+            "history": [asdict(look) for look in self.history],
+        }
+        save_checkpoint(str(self.arguments.output_dir), tensors, state)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        masks = {f"mask.{i}": tensor for i, tensor in enumerate(self.masks)}
+        return masks | {f"coefficients.{i}": tensor for i, tensor in enumerate(self.coefficients)}
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same where a run goes on; it may be longer, and saved more often."""
+        own = asdict(self.arguments)
+        for name in ("output_dir", "mask_steps", "coefficient_steps", "save_every", "patience"):
+            del own[name]
+        return own | {"tasks": [task.name for task in self.tasks], "processes": self.accelerator.num_processes}
+
+    def _load(self) -> dict[str, Tensor] | None:
+        found = load_checkpoint(self.arguments.output_dir, self._identity())
+        if found is None:
+            return None
+        tensors, state = found
+        own = self._tensors()
+        if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in own.items()):
+            raise ValueError(
+                f"The checkpoint in {self.arguments.output_dir} is of another adapter: its tensors do not fit those of "
+                f"{self.adapter_name!r}."
+            )
+        _assign(list(own.values()), [tensors[name] for name in own])
+        self.starts = [tensors[f"start.{i}"].to(start.device) for i, start in enumerate(self.starts)]
+        self._phase, self._step = state["phase"], state["step"]
+        if self._phase == "coefficients" and self.masks:
+            self.model.base_model.freeze_mask(self.adapter_name)
+        best = [tensors[f"best.{i}"] for i in range(sum(name.startswith("best.") for name in tensors))]
+        self._best = None if state["best"] is None else (state["best"], best)
+        self._looks_since_best = state["looks_since_best"]
+        self.history = [Look(**look) for look in state["history"]]
+        for stream, taken in zip(self.streams, state["taken"], strict=True):
+            stream.skip(taken)
+        return tensors
+
+    def _write_history(self) -> None:
+        if self.arguments.output_dir and self.accelerator.is_main_process:
+            path = Path(self.arguments.output_dir) / "history.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps([asdict(look) for look in self.history], indent=1))
+            os.replace(partial, path)
+
+
+@torch.no_grad()
+def _assign(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
