@@ -194,12 +194,10 @@ def _knots(plan: Plan, tensor: TensorPlan) -> tuple[Tensor, Tensor]:
         own = [delta.factors(read_tensor) for delta in model.deltas if isinstance(delta, LowRank)]
         own = own or [(torch.zeros(tensor.shape[0], 1), torch.zeros(1, tensor.shape[1]))]
         factors.append((torch.cat([left for left, _ in own], 1), torch.cat([right for _, right in own])))
-    job = Job(plan.method, tensor.shape, _unread, tensor.options, tensor.per_model, semantics=plan.recipe.subspace.semantics)
+    nothing = Part(None, ())  # factors are merged without the tensor
+    semantics = plan.recipe.subspace.semantics
+    job = Job(plan.method, tensor.shape, lambda *_: nothing, tensor.options, tensor.per_model, semantics=semantics)
     return merge_factors(factors, settle(job)[1])
-
-
-def _unread(start: int, stop: int) -> Part:
-    raise NotImplementedError("factors are merged without the tensor")
 
 
 def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
