@@ -1,4 +1,4 @@
-"""Composed weights side by side: forward and backward of aTLAS, of full fine-tuning, and of aTLAS as its official code does it.
+"""Composed weights side by side: forward and backward of aTLAS, Concrete, full fine-tuning, and the official codes' ways.
 
     python benchmarks/composition.py --layers 4 --rounds 5
     python benchmarks/composition.py --quick
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.measure import DTYPES, Spread, Stopwatch, Workload
-from peft_subspace import AtlasConfig
+from peft_subspace import AtlasConfig, ConcreteConfig
 
 VECTORS, RANK = 16, 16
 
@@ -81,6 +81,37 @@ def atlas(kind: str, count: int, **fields: Any) -> Callable[[Workload, nn.Module
     return attach
 
 
+class FunctionalMask(Functional):
+    """The official Concrete: a relaxed Bernoulli sample of a mask over its mean, by autograd's own operations."""
+
+    def __init__(self, model: nn.Module, files: list[Path]) -> None:
+        super().__init__(model, files)
+        self.coefficients.requires_grad_(False)
+        self.logits = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(torch.zeros_like(value)) for name, value in self.vectors[0].items()}
+        )
+
+    def forward(self, **batch: Tensor) -> Any:
+        parameters = dict(self.model.named_parameters())
+        state = {}
+        for name in self.vectors[0]:
+            logits = self.logits[name.replace(".", "/")]
+            mask = torch.distributions.RelaxedBernoulli(torch.tensor(0.5), logits=logits).rsample()
+            mask = mask / mask.mean()
+            state[name] = parameters[name] + sum(0.3 * (mask * vector[name]) for vector in self.vectors)
+        return torch.func.functional_call(self.model, state, (), batch)
+
+
+def concrete(kind: str, count: int, **fields: Any) -> Callable[[Workload, nn.Module, Path], nn.Module]:
+    """A model with a Concrete adapter on the first vectors of a kind."""
+
+    def attach(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:
+        pool = {f"v{t}": str(folder / f"{kind}-{t}.safetensors") for t in range(count)}
+        return get_peft_model(model, ConcreteConfig(pool=pool, target_modules=workload.shape.targets(model), **fields))
+
+    return attach
+
+
 def full(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:
     """The targeted weights themselves are trained."""
     for name in workload.shape.targets(model):
@@ -93,6 +124,11 @@ def functional(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:
     return Functional(model, [folder / f"dense-{t}.safetensors" for t in range(4)])
 
 
+def mask(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:
+    """The official way of Concrete with four vectors."""
+    return FunctionalMask(model, [folder / f"dense-{t}.safetensors" for t in range(4)])
+
+
 ROWS: dict[str, tuple[str, Callable[[Workload, nn.Module, Path], nn.Module]]] = {
     "full": ("full fine-tuning of the same weights", full),
     "full-again": ("A/A row: its range is the noise of this run", full),
@@ -103,6 +139,15 @@ ROWS: dict[str, tuple[str, Callable[[Workload, nn.Module, Path], nn.Module]]] = 
     "atlas-16-disk": ("16 dense vectors, read from their files", atlas("dense", 16, placement="disk")),
     "atlas-4-partition": ("4 dense vectors in 10 parts", atlas("dense", 4, granularity="partition", partition=10)),
     "atlas-lora-16": ("16 LoRA vectors of rank 16", atlas("lora", 16)),
+    "concrete-4": ("Concrete on 4 dense vectors, lambda fixed", concrete("dense", 4)),
+    "concrete-16": ("Concrete on 16 dense vectors, lambda fixed", concrete("dense", 16)),
+    "concrete-4-layer": (
+        "Concrete on 4 dense vectors, lambda of each layer trained",
+        concrete("dense", 4, learn_coefficients="layer"),
+    ),
+    "concrete-4-row": ("Concrete on 4 dense vectors, a logit a row", concrete("dense", 4, granularity="row")),
+    "concrete-lora-4-rank": ("Concrete on directions of 4 LoRA vectors", concrete("lora", 4, granularity="rank")),
+    "mask-4": ("Concrete on 4 dense vectors as its official code computes it", mask),
     "functional-4": ("4 dense vectors, composed as in the official code", functional),
 }
 

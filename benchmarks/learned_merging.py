@@ -46,9 +46,8 @@ from peft_subspace.training.objectives import addition_loss
 
 TASKS = {"text": ("trec", "sms-spam", "newsgroups", "spam-assassin"), "image": ("digits", "mnist", "fashion-mnist")}
 ASSET = {"text": "minilm", "image": "vit-small"}
-BATCH = {"text": 8, "image": 16}
+BATCH = {"text": 4, "image": 16}
 LAMBDA, GRID, STEPS, MASK_RATE, COEFFICIENT_RATE = 0.3, (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5), 60, 0.03, 0.02
-ENTROPY = {"granularity": "task"}, {"granularity": "block"}
 
 
 @dataclass
@@ -304,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("outputs/merge-tasks"), help="where the single-task models are")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--kinds", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--kinds", nargs="+", default=["image", "text"], choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
@@ -314,8 +313,8 @@ def main() -> None:
     path = options.output / "learned-merging-runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     runs = {(run["kind"], run["method"], run["seed"]): run for run in map(json.loads, lines)}
-    for seed in [] if options.report else options.seeds:
-        for kind in options.kinds:
+    for kind in [] if options.report else options.kinds:
+        for seed in options.seeds:
             suite = suite_of(kind, seed, options.folder)
             for name in [name for name in METHODS if (kind, name, seed) not in runs]:
                 start = time.process_time()

@@ -23,6 +23,7 @@ from .compression import CompressionReport, compression_report, export_compresse
 from .export import save_as_lora, to_lora
 from .heat_map import draw_coefficients
 from .hub import write_model_card
+from .mask_charts import draw_density, draw_history, draw_probabilities
 from .registration import check_peft_version, register
 from .spectrum import WeightSpectrum, draw_spectrum, spectrum_table, weight_spectra
 
@@ -54,6 +55,9 @@ __all__ = [
     "__version__",
     "draw_coefficients",
     "compression_report",
+    "draw_density",
+    "draw_history",
+    "draw_probabilities",
     "draw_spectrum",
     "export_compressed",
     "load_official",

@@ -52,11 +52,14 @@ class AtlasConfig(SubspaceConfig):
             `[["q_proj.weight", "k_proj.weight"], ["weight", "bias"]]`.
         fused_splits: ending of a parameter's name -> n: its rows have n coefficients, as a fused q, k, v weight has three.
         init: start value of the coefficients, or name of a vector -> value (0 for the others). 0.3 is task arithmetic.
+        selected: name of a parameter -> names of the vectors that it is composed of; all, where it says nothing. Others are not
+            read there and their coefficients stay at zero. `training.selection.select_vectors` makes it from gradients.
         nonnegative: keep coefficients at or above zero (a negative one counts as zero and gets no gradient).
         vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with a scale for each tensor.
         placement: "device" keeps dense vectors where the weights are, "cpu" in the host's memory, "disk" in their files.
-        max_vector_bytes: refuse a pool that takes more memory.
-        strict: refuse vectors with tensors that fit no parameter of the model.
+        max_vector_bytes: refuse a pool that takes more memory, factors of low-rank vectors included.
+        strict: refuse vectors with tensors that fit no parameter of the model or cannot be composed, and differences from
+            another base than the model.
         provenance: filled in: hashes of the vectors and samples of the base; a file's are checked on loading.
     """
 
@@ -81,6 +84,7 @@ class AtlasConfig(SubspaceConfig):
     tie_blocks: list[list[str]] | None = field(default=None, metadata={"help": "Endings of names that share coefficients."})
     fused_splits: dict[str, int] = field(default_factory=dict, metadata={"help": "Ending of a name -> parts of its rows."})
     init: float | dict[str, float] = field(default=0.0, metadata={"help": "Start value of the coefficients."})
+    selected: dict[str, list[str]] | None = field(default=None, metadata={"help": "Parameter -> vectors that it is made of."})
     nonnegative: bool = field(default=False, metadata={"help": "Keep coefficients at or above zero."})
     vector_dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32", metadata={"help": "Of dense vectors."})
     placement: Literal["device", "cpu", "disk"] = field(default="device", metadata={"help": "Where dense vectors are."})
@@ -135,8 +139,13 @@ class AtlasConfig(SubspaceConfig):
             raise ValueError(f"fused_splits={wrong!r}: a positive number of parts is expected for each ending.")
 
     def _check_names(self) -> None:
+        if self.selected is not None and (self.granularity == "task" or self.tie_blocks):
+            raise ValueError(
+                "selected: blocks that share coefficients (granularity='task', tie_blocks) share their vectors too."
+            )
         unknown = sorted(set(self.exclude_pool) - set(self.pool))
         unknown += sorted(set(self.init) - set(self.pool)) if isinstance(self.init, dict) else []
+        unknown += sorted({name for names in (self.selected or {}).values() for name in names} - set(self.pool))
         if unknown:
             raise ValueError(f"{unknown} are not in the pool, which has {sorted(self.pool)}.")
 
@@ -213,6 +222,7 @@ class AtlasDelta(Delta):
         opened: OpenedPool | None = config.opened
         self.pool = None if opened is None else opened.pool
         self.block = config.block if opened is None else opened.source_of(config.block)
+        self.selected: list[str] | None = (config.selected or {}).get(self.block)
         self.vectors: list[Vector | None] | None = None
         tie = config.tie(self.block)
         own = () if self.groups is None else (self.groups.count,)
@@ -220,7 +230,10 @@ class AtlasDelta(Delta):
         if leader is None or leader is self:
             start = torch.tensor(config.start(len(self.names)), dtype=torch.float32)
             values = start.view(-1, *[1] * len(own)).expand(-1, *own).clone()
-            self.coefficients = nn.Parameter(values if config.init_weights else values + 0.5 * torch.randn(values.shape))
+            values = values if config.init_weights else values + 0.5 * torch.randn(values.shape)
+            if self.selected is not None:
+                values[[name not in self.selected for name in self.names]] = 0.0
+            self.coefficients = nn.Parameter(values)
         else:
             self.__dict__["leader"] = leader  # not a child: its tensor is in the file once, and has one place in the model
 
@@ -255,9 +268,9 @@ class AtlasDelta(Delta):
 
     def prepare(self, weight: Weight, siblings: Sequence[Any], saved: dict[str, Tensor] | None = None) -> None:
         """Get the vectors: those that another adapter has, by reference, or out of their files."""
-        alike = [other for other in siblings if other.vectors is not None and other.names == self.names]
+        alike = [o for o in siblings if o.vectors is not None and (o.names, o.selected) == (self.names, self.selected)]
         if self.pool is not None:
-            self.vectors = self.pool.vectors(self.block)
+            self.vectors = self.pool.vectors(self.block, self.selected)
         elif alike:
             self.vectors = alike[0].vectors
 

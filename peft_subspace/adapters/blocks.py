@@ -12,12 +12,13 @@ from ..base.geometry import Geometry, describe, describe_all, is_quantized
 from ..base.holders import has_children
 from ..base.targets import base_parameters, exact_targets
 from ..task_vectors.errors import InputError
-from ..task_vectors.pool import DTYPES, Pool, open_pool
-from ..task_vectors.provenance import check_records, same_value
+from ..task_vectors.pool import DTYPES, Entry, Pool, open_pool
+from ..task_vectors.provenance import check_records, same_value, value_of
 from ..task_vectors.sources import shortened
 
 BLOCK_TYPES = ("linear", "conv", "embedding", "norm", "bias", "other")
 SAMPLES = 64
+CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
@@ -101,6 +102,8 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         config.provenance = {"vectors": [entry.record for entry in entries]}
     else:
         check_records(config.provenance["vectors"], entries)
+    if config.strict:
+        _check_pools_base(entries, model)
     for tied in first.values():  # files know a tied tensor by one of its names, and not all by the same
         for entry in entries:
             theirs = next((entry.names[name] for name in tied if name in entry.names), None)
@@ -119,15 +122,30 @@ def _kind(module: nn.Module, own: str, geometry: Geometry) -> str:
 
 
 def default_targets(opened: OpenedPool, model: nn.Module, config: Any) -> tuple[set[str], list[str] | None]:
-    """Every module and bare parameter that the pool changes and the config allows: target_modules, target_parameters."""
-    modules, parameters = set[str](), []
+    """Every module and bare parameter that the pool changes and the config allows: target_modules, target_parameters.
+
+    Raises:
+        ValueError: with `strict`, the pool changes what cannot be composed: weights of BatchNorms with running statistics, and
+            parameters of containers that are indexed or iterated, where a holder would be one more item.
+    """
+    modules, parameters, left_out = set[str](), [], []
     for name, module, own, _ in base_parameters(model):
         if not opened.pool.covers(opened.source_of(name)) or opened.kinds[name] not in config.block_types:
             continue
-        if describe_all(module):
+        if isinstance(module, CONTAINERS):
+            left_out.append(name)
+        elif describe_all(module):
             modules.add(name.removesuffix(f".{own}"))
         elif has_children(module):
             parameters.append(name)
+        else:
+            left_out.append(name)
+    if left_out and config.strict:
+        raise ValueError(
+            f"The task vectors change {len(left_out)} parameters that cannot be composed: {shortened(left_out)} (weights of "
+            f"BatchNorms with running statistics, or of containers such as ParameterList and Sequential). Set strict=False to "
+            f"leave them, and running statistics, as the base has them."
+        )
     return modules, sorted(parameters) or None
 
 
@@ -185,14 +203,14 @@ def _narrow(config: Any, model: nn.Module, names: set[str]) -> None:
 
 
 def _check_size(config: Any, opened: OpenedPool) -> None:
-    if config.max_vector_bytes is None or config.placement == "disk":
+    if config.max_vector_bytes is None:
         return
-    needed = opened.pool.nbytes(sorted({opened.source_of(name) for name in opened.blocks}))
+    needed = opened.pool.nbytes(sorted({opened.source_of(name) for name in opened.blocks}), getattr(config, "selected", None))
     if needed > config.max_vector_bytes:
         raise ValueError(
             f"The {len(opened.pool.entries)} task vectors take {needed:,} bytes in {config.vector_dtype}, and "
-            f"max_vector_bytes={config.max_vector_bytes:,}. Use placement='disk', a narrower vector_dtype, fewer vectors "
-            f"(exclude_pool) or fewer block_types."
+            f"max_vector_bytes={config.max_vector_bytes:,}. Use placement='disk' (for dense vectors), a narrower vector_dtype, "
+            f"fewer vectors (exclude_pool; selected, for each block) or fewer block_types."
         )
 
 
@@ -220,6 +238,22 @@ def _check_base(config: Any, model: nn.Module, opened: OpenedPool) -> None:
             f"are others. Load the adapter onto its own base; to use its coefficients on this one, set "
             f"config.provenance['base'] = None."
         )
+
+
+def _check_pools_base(entries: list[Entry], model: nn.Module) -> None:
+    """A difference from a base means something on that base; up to 64 values of each base file are compared."""
+    parameters = {name: p for name, module, own, p in base_parameters(model) if own != "weight" or not is_quantized(module)}
+    for entry in entries:
+        names = [name for name in entry.names if name in parameters and not parameters[name].is_meta and entry.vector.base]
+        for name in names[:: max(1, -(-len(names) // SAMPLES))]:
+            header, (value, dtype) = entry.vector.base[entry.names[name]], _sample(parameters[name])
+            kept, own = value_of(header)
+            if header.count == parameters[name].numel() and not same_value(value, dtype, kept, [own]):
+                raise InputError(
+                    f"The task vector {entry.name!r} is a difference from {entry.vector.base_name}, and {name!r} is another "
+                    f"in the model that the adapter is put on. Load the model from there, give the vector's own base, or set "
+                    f"strict=False to compose it on this one all the same."
+                )
 
 
 def _sample(parameter: Tensor) -> tuple[float, str]:

@@ -9,6 +9,7 @@ Source: Tang et al., "Concrete Subspace Learning based Interference Elimination 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +28,7 @@ from ..functional.groups import groups_from
 from ..registration import register
 from ..task_vectors.pool import DTYPES
 from .blocks import OpenedPool
-from .pooled import PooledConfig, PooledModel
+from .pooled import PooledConfig, PooledModel, save_task_vector_file
 
 GRANULARITIES = ("element", "row", "column", "rank")
 EVAL_MASKS = ("mean", "sample", "hard")
@@ -281,6 +282,17 @@ class ConcreteDelta(Delta):
         assert vectors is not None  # a layer completes its adapters before it uses them
         return vectors
 
+    def masked_vector(self, number: int) -> Tensor | None:
+        """m / mean(m) * tau of one vector with the evaluation mask, in the parameter's own layout; None where it has none."""
+        if self.pool is None:
+            raise ValueError(f"{self.block}: this copy of the model has no pool. Load the adapter again.")
+        vector = self.pool.one(self.block, number)
+        if vector is None:
+            return None
+        total = torch.zeros(self.shape)
+        Masked(self.eval_mask(), [vector], torch.ones(1), self.groups, self.config.rescale).accumulate(total)
+        return total
+
     # The update --------------------------------------------------------------------------------------------------------
 
     @property
@@ -520,6 +532,33 @@ class ConcreteModel(PooledModel):
     def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """Name of every parameter -> lambda `[T]`, detached; in the order of `config.vector_names`."""
         return {delta.block: delta.values().detach() for delta in self._deltas(adapter_name)}
+
+    @torch.no_grad()
+    def save_masked_vectors(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> dict[str, str]:
+        """Write m / mean(m) * tau_t of every task vector as a task-vector file: for TIES and other recipes, and for aTLAS.
+
+        Args:
+            folder: where; each file appears when it is whole.
+            adapter_name: the adapter; its evaluation mask is taken.
+
+        Returns:
+            Name of the vector -> its file, a pool for another config.
+
+        Raises:
+            ValueError: the mask is on directions of factors, not on entries.
+        """
+        config = self.peft_config[adapter_name]
+        deltas = self._deltas(adapter_name)
+        if any(delta.by_rank for delta in deltas):
+            raise ValueError("granularity='rank' masks directions of factors, and files have entries. Use `save_task_vector`.")
+        os.makedirs(folder, exist_ok=True)
+        found = {}
+        for number, name in enumerate(config.vector_names):
+            path = os.path.join(os.fspath(folder), f"{name}.safetensors")
+            tensors = {delta.block: delta.masked_vector(number) for delta in deltas}
+            save_task_vector_file(path, {key: value for key, value in tensors.items() if value is not None}, config)
+            found[name] = path
+        return found
 
     @torch.no_grad()
     def mask_probabilities(self, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..base import Geometry, SubspaceConfig, SubspaceModel
 from ..task_vectors.pool import DTYPES, reference_text
@@ -32,7 +32,8 @@ class PooledConfig(SubspaceConfig):
         vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with a scale for each tensor.
         placement: "device" keeps dense vectors where the weights are, "cpu" in the host's memory, "disk" in their files.
         max_vector_bytes: refuse a pool that takes more memory.
-        strict: refuse vectors with tensors that fit no parameter of the model.
+        strict: refuse vectors with tensors that fit no parameter of the model or cannot be composed, and differences from
+            another base than the model.
         provenance: filled in: hashes of the vectors and samples of the base; a file's are checked on loading.
     """
 
@@ -128,9 +129,14 @@ class PooledModel(SubspaceModel):
         for _, layer in self.named_subspace_layers():
             for container, delta in layer.deltas(adapter_name).items():
                 dense = delta.geometry.native(layer.dense_update(container, adapter_name))
-                tensors[delta.block] = dense.float().cpu().contiguous()
-        base = str(self.peft_config[adapter_name].base_model_name_or_path or "")
-        metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": base, "version": "1"}
-        partial = f"{os.fspath(path)}.partial"
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+                tensors[delta.block] = dense.float()
+        save_task_vector_file(path, tensors, self.peft_config[adapter_name])
+
+
+def save_task_vector_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], config: Any) -> None:
+    """Write a task-vector file of the base that a config names; it appears when it is whole."""
+    base = str(config.base_model_name_or_path or "")
+    metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": base, "version": "1"}
+    partial = f"{os.fspath(path)}.partial"
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    os.replace(partial, path)

@@ -17,6 +17,8 @@ def describe(plan: Plan, threads: int) -> None:
         say(f"Base     {recipe.base_model}")
     for name in plan.names:
         say(f"Model    {name}")
+    if plan.learned is not None:
+        say(f"Learned  {recipe.subspace.learned}")
     actions = Counter(tensor.action for tensor in plan.tensors)
     values = sum(tensor.count for tensor in plan.tensors)
     parts = [f"{actions[action]} {words}" for action, words in _ACTIONS.items() if actions[action]]

@@ -174,6 +174,7 @@ def card(plan: Plan, kind: str = "model") -> str:
         ("Method", f"`{recipe.merge_method}`" + (f" ({plan.method.reference})" if plan.method.reference else "")),
         ("Base", f"`{_label(recipe.base_model)}`" if recipe.base_model else "none"),
         *(("Model", f"`{_label(entry.model)}`") for entry in recipe.merged_models),
+        *([("Learned", f"`{_label(recipe.subspace.learned)}`")] if recipe.subspace.learned else []),
         ("Semantics", recipe.subspace.semantics),
         ("Seed", str(recipe.subspace.seed)),
         ("Made with", f"peft_subspace {__version__}"),

@@ -123,27 +123,48 @@ class Pool:
         """Whether any vector has a tensor for a parameter of the model."""
         return any(name in entry.names for entry in self.entries)
 
-    def nbytes(self, names: Sequence[str]) -> int:
-        """Bytes that the dense vectors of these parameters take, by their headers."""
-        found = 0
-        for entry in self.entries:
-            theirs = [entry.names[name] for name in names if name in entry.names]
-            dense = [name for name in theirs if entry.vector.rank(name) is None]
-            found += sum(math.prod(entry.vector.shapes[name]) for name in dense) * self.dtype.itemsize
-        return found
+    def nbytes(self, names: Sequence[str], selected: Mapping[str, Collection[str]] | None = None) -> int:
+        """Bytes that the vectors of these parameters take in memory, by their headers; factors are kept in float32.
 
-    def vectors(self, name: str) -> list[Vector | None]:
-        """Every tau of one parameter; None where a vector has none, or only zeros.
+        Args:
+            names: of the parameters.
+            selected: parameter -> the vectors that are used for it; all, where it says nothing.
+        """
+        return sum(
+            self._nbytes(entry, entry.names[name])
+            for entry in self.entries
+            for name in names
+            if name in entry.names and entry.name in (selected or {}).get(name, self.names)
+        )
+
+    def _nbytes(self, entry: Entry, name: str) -> int:
+        shape, rank = entry.vector.shapes[name], entry.vector.rank(name)
+        if rank is not None:
+            return rank * (shape[0] + math.prod(shape[1:])) * torch.float32.itemsize
+        return 0 if self.placement == "disk" else math.prod(shape) * self.dtype.itemsize
+
+    def vectors(self, name: str, selected: Collection[str] | None = None) -> list[Vector | None]:
+        """Every tau of one parameter; None where a vector has none, only zeros, or is not selected.
+
+        Args:
+            name: of the parameter.
+            selected: names of the vectors that are used for it; None for all. Others are not read.
 
         Raises:
             InputError: a value is not finite; names the vector and the tensor.
         """
-        return list(self.each(name))
+        return list(self.each(name, selected))
 
-    def each(self, name: str) -> Iterator[Vector | None]:
+    def each(self, name: str, selected: Collection[str] | None = None) -> Iterator[Vector | None]:
         """The same one after the other: a dense vector that is dropped before the next is asked for leaves its memory."""
-        for entry in self.entries:
-            yield self._vector(entry, entry.names[name]) if name in entry.names else None
+        used = self.names if selected is None else selected
+        for number, entry in enumerate(self.entries):
+            yield self.one(name, number) if entry.name in used else None
+
+    def one(self, name: str, number: int) -> Vector | None:
+        """tau of one parameter and entry; see `vectors`."""
+        entry = self.entries[number]
+        return self._vector(entry, entry.names[name]) if name in entry.names else None
 
     def ranks(self, name: str) -> list[int]:
         """Of the vectors that have a tensor for a parameter; 0 for one that has no factors."""
@@ -171,10 +192,11 @@ class Pool:
         if not dense.any():
             return None
         follows = self.placement == "device"
-        if self.dtype != torch.float16:
-            return Dense(dense.to(self.dtype), follows=follows)
-        scale = float(dense.abs().max())  # a vector of 1e-5 would lie among the subnormal numbers of float16
-        return Dense((dense / scale).to(torch.float16), scale, follows)
+        scale = float(dense.abs().max()) if self.dtype == torch.float16 else 1.0  # 1e-5 is a subnormal number there
+        kept = (dense / scale if scale != 1.0 else dense).to(self.dtype)
+        if self.placement == "cpu" and torch.cuda.is_available():
+            kept = kept.pin_memory()  # else a part that is sent to the device is copied twice, and the host waits for it
+        return Dense(kept, scale, follows)
 
 
 def open_pool(

@@ -30,6 +30,8 @@ READERS = {
 WAYS_OUT = {
     "ATLAS": "Its file has the coefficients of other vectors: load it with PEFT, write what it composes by "
     "`model.base_model.save_task_vector('learned.safetensors')`, and give that file instead.",
+    "CONCRETE": "Its file has a mask for other vectors: load it with PEFT, write what it adds by "
+    "`model.base_model.save_task_vector('learned.safetensors')`, and give that file instead.",
     "PELA": "Its factors stand in for the base's weights: load it with PEFT, `model.merge_and_unload().save_pretrained(...)`, "
     "and give that model instead.",
 }

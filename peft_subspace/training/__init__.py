@@ -1,6 +1,8 @@
 """Losses as pure functions, and the thin glue that trains with them."""
 
 from ..base.teacher import as_teacher
+from .batch_objectives import Entropy, Moment, Negation, Ufm
+from .coefficients import CoefficientTrainer
 from .distillation import feature_distillation, find_blocks, recorded_features
 from .healing import Healing, HealingTrainer
 from .merge_trainer import Look, MergeArguments, MergeTrainer
@@ -8,12 +10,17 @@ from .perturbation import max_perturbation, perturbation_penalty
 from .tasks import Task, pooled_logits, token_logits
 
 __all__ = [
+    "CoefficientTrainer",
+    "Entropy",
     "Healing",
     "HealingTrainer",
     "Look",
     "MergeArguments",
     "MergeTrainer",
+    "Moment",
+    "Negation",
     "Task",
+    "Ufm",
     "as_teacher",
     "feature_distillation",
     "find_blocks",

@@ -142,7 +142,7 @@ class MergeTrainer:
         self._phase, self._step = "", 0
         self._best: tuple[float, list[Tensor]] | None = None
         self._looks_since_best = 0
-        self._held_out = {task.name: list(islice(task.batches, self.arguments.eval_batches)) for task in self.tasks}
+        self._held_out = {task.name: self._first_batches(task) for task in self.tasks}
         self._restart_streams()
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -158,6 +158,14 @@ class MergeTrainer:
             )
         masks = [tensor for key, tensor in found.items() if key not in coefficients]
         return masks, [tensor for key, tensor in found.items() if key in coefficients]
+
+    def _first_batches(self, task: Task) -> list[Any]:
+        with torch.random.fork_rng(devices=[]):  # a DataLoader that shuffles takes the same ones in every run
+            torch.manual_seed(self.arguments.seed)
+            found = list(islice(task.batches, self.arguments.eval_batches))
+        if not found:
+            raise ValueError(f"The task {task.name!r} has no batches.")
+        return found
 
     def _restart_streams(self) -> None:
         processes = self.accelerator.process_index, self.accelerator.num_processes

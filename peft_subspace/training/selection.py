@@ -55,6 +55,32 @@ def rank_vectors(gradients: dict[str, Tensor], names: list[str]) -> list[tuple[s
     return sorted(pairs, key=lambda pair: -pair[1])
 
 
+def select_vectors(gradients: dict[str, Tensor], names: list[str], budget: int) -> dict[str, list[str]]:
+    """For every block the vectors with the largest |gradient|: what `AtlasConfig(selected=...)` takes.
+
+    The memory of the pool falls to `budget / T`, and each block is composed of what promises most for it, wherever that comes
+    from. |gradient| grows with the norm of a vector.
+
+    Args:
+        gradients: of `coefficient_gradients`, at coefficients of zero; with several groups in a block their sum counts.
+        names: of the vectors, `config.vector_names`.
+        budget: vectors for each block.
+
+    Raises:
+        ValueError: a budget that is not from 1 to the number of vectors.
+
+    Source: the block-wise selection of the official code, which makes as many synthetic vectors of the chosen blocks.
+    """
+    if not 1 <= budget <= len(names):
+        raise ValueError(f"budget={budget!r}: a number of vectors for each block is expected, from 1 to {len(names)}.")
+    found = {}
+    for block, gradient in gradients.items():
+        size = gradient.abs().reshape(len(names), -1).sum(1)
+        kept = size.argsort(descending=True, stable=True)[:budget].tolist()
+        found[block] = [names[t] for t in sorted(kept)]
+    return found
+
+
 @torch.no_grad()
 def search(
     model: nn.Module,

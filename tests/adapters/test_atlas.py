@@ -22,6 +22,7 @@ from peft_subspace.base.geometry import Geometry
 from peft_subspace.base.holders import Holder
 from peft_subspace.task_vectors.errors import InputError
 from peft_subspace.task_vectors.task_vector import TaskVector
+from peft_subspace.training.selection import coefficient_gradients, select_vectors
 from tests.pico import LAYERS, MODELS, Pico, loss, output, run, train
 from tests.pools import pool_of, vector_of, write_vector
 from tests.processes import run_python
@@ -540,7 +541,7 @@ def test_batch_norm_is_left_out_and_named(tmp_path: Path) -> None:
     save_file(
         dict(reversed(state.items())), tmp_path / "v.safetensors", metadata={"peft_subspace": "task_vector", "format": "pt"}
     )
-    model, _ = adapt(pico, pool={"v": str(tmp_path / "v.safetensors")}, init=1.0, init_weights=True)
+    model, _ = adapt(pico, pool={"v": str(tmp_path / "v.safetensors")}, init=1.0, init_weights=True, strict=False)
     own = deltas(model)
     assert set(own) == {name for name, _ in pico.model().named_parameters() if not name.startswith("norm")}
     for name, delta in own.items():
@@ -883,3 +884,91 @@ def test_vectors_of_a_file_cannot_be_left_out_afterwards(tmp_path: Path) -> None
     config.exclude_pool = [config.vector_names[0]]
     with pytest.raises(ValueError, match=r"exclude_pool=.*the file has coefficients"):
         PeftModel.from_pretrained(MODELS["llama"].model(), str(adapter), config=config)
+
+
+# What is used of a pool --------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_selected_vectors(tmp_path: Path) -> None:
+    """One vector for each block by the gradients at zero: the others are not read, and stay at zero, also in the file."""
+    pico = MODELS["mlp"]
+    model, batch = adapt(pico, init_weights=True, pool=pool_of(pico, None, 3))
+    names = model.peft_config["default"].vector_names
+    gradients = coefficient_gradients(model, [batch], lambda m, b: output(m, b).square().mean())
+    selected = select_vectors(gradients, names, 1)
+    assert set(selected) == set(gradients)
+    for block, (name,) in selected.items():
+        assert names.index(name) == int(gradients[block].abs().argmax())
+    model, _ = adapt(pico, pool=pool_of(pico, None, 3), selected=selected)
+    for block, delta in deltas(model).items():
+        unused = [name not in selected[block] for name in names]
+        assert [vector is None for vector in delta.vectors or []] == unused
+        assert not delta.coefficients[unused].any()
+        assert delta.coefficients[[not one for one in unused]].all()
+    pool = model.peft_config["default"].opened.pool
+    assert 3 * pool.nbytes(sorted(selected), selected) == pool.nbytes(sorted(selected))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(pico.model(), tmp_path)
+    assert torch.equal(output(again.eval(), batch), output(model, batch))
+    with pytest.raises(ValueError, match="budget=4: a number of vectors for each block is expected, from 1 to 3"):
+        select_vectors(gradients, names, 4)
+    with pytest.raises(ValueError, match=r"\['nowhere'\] are not in the pool"):
+        AtlasConfig(pool={"a": "x"}, selected={"w": ["nowhere"]})
+    with pytest.raises(ValueError, match=r"blocks that share coefficients .* share their vectors too"):
+        AtlasConfig(pool={"a": "x"}, selected={"w": ["a"]}, granularity="task")
+
+
+def test_factors_count_as_memory() -> None:
+    """Two vectors of rank 2 on a matrix [16, 8], two biases of 16: 2 (2 (16 + 8) + 16) numbers of four bytes."""
+    pico = LAYERS["linear"]
+    model, _ = adapt(pico, pool=pool_of(pico, 2))
+    rows, columns = pico.model().layer.weight.shape  # type: ignore[union-attr]
+    needed = 4 * 2 * (2 * (rows + columns) + rows)
+    assert model.peft_config["default"].opened.pool.nbytes(["layer.weight", "layer.bias"]) == needed
+    adapt(pico, pool=pool_of(pico, 2), max_vector_bytes=needed)
+    with pytest.raises(ValueError, match=f"take {needed:,} bytes"):
+        adapt(pico, pool=pool_of(pico, 2), max_vector_bytes=needed - 1)
+
+
+class Listed(nn.Module):
+    """Parameters in containers that are indexed or iterated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.ParameterList([torch.ones(8), torch.ones(8)])
+        self.steps = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.steps.shift = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x * self.gains[0]) + self.gains[1]
+        return x + self.steps.shift  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["containers", "batch norm"])
+def test_what_cannot_be_composed_is_left_out_by_name(name: str) -> None:
+    pico = Pico(Listed, lambda: {"x": torch.randn(4, 8)}) if name == "containers" else MODELS["batch norm"]
+    lost = {"containers": "gains.0, gains.1, steps.shift", "batch norm": "norm.weight, norm.bias"}[name]
+    with pytest.raises(ValueError, match=rf"change \d parameters that cannot be composed: {lost} .* strict=False"):
+        adapt(pico)
+    model, batch = adapt(pico, strict=False)
+    assert not {block for block in deltas(model) if block in lost.split(", ")}
+    assert output(model, batch).isfinite().all()
+
+
+def test_a_difference_from_another_base_is_refused(tmp_path: Path) -> None:
+    """The pool's base is not the model: tau would be added to weights that it is no difference from."""
+    pico = MODELS["bert"]
+    base: Any = pico.model()
+    base.save_pretrained(tmp_path / "base")
+    whole: Any = pico.model()
+    with torch.no_grad():
+        whole.bert.encoder.layer[0].output.dense.weight.add_(0.1)
+    whole.save_pretrained(tmp_path / "whole")
+    config = {"pool": {"w": str(tmp_path / "whole")}, "base": str(tmp_path / "base")}
+    other: Any = pico.model(seed=9)
+    with pytest.raises(InputError, match=r"'w' is a difference from .*base, and .* is another in the model .* strict=False"):
+        get_peft_model(other, AtlasConfig(**config))
+    get_peft_model(other, AtlasConfig(**config, strict=False))
+    narrow: Any = type(base).from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    get_peft_model(narrow, AtlasConfig(**config))

@@ -12,10 +12,19 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_subspace import AtlasConfig, ConcreteConfig, ConcreteDelta
+from peft_subspace import (
+    AtlasConfig,
+    ConcreteConfig,
+    ConcreteDelta,
+    draw_density,
+    draw_history,
+    draw_probabilities,
+)
 from peft_subspace.functional.composition import Dense, LowRank
 from peft_subspace.functional.concrete_mask import concrete_sample, masked_sum
 from peft_subspace.functional.noise import odds
+from peft_subspace.merging import merge
+from peft_subspace.training import Look
 from tests.pico import MODELS, Pico, loss, output, run, train
 from tests.pools import pool_of, vector_of, write_vector
 from tests.processes import run_python
@@ -351,6 +360,45 @@ def test_memory_of_a_step_is_the_stated_budget_whatever_the_number_of_vectors(tm
     entries, largest = 2 * 2**20, 2**20
     assert six < one + 6 * 2**20  # five vectors more, 8 MB each, leave nothing behind
     assert six < 20 * entries + 16 * largest + 24 * 2**20  # and what the libraries take for themselves
+
+
+# For other methods -------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_serves_other_methods(tmp_path: Path) -> None:
+    """Masked vectors are files: for task arithmetic and TIES by a recipe, and for coefficients of aTLAS."""
+    pico = MODELS["llama"]
+    pico.model().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model, batch = adapt("llama", coefficients={"task0": 0.4, "task1": 0.8})
+    paths = model.base_model.save_masked_vectors(tmp_path / "masked")
+    atlas = get_peft_model(pico.model(), AtlasConfig(pool=paths, init={"task0": 0.4, "task1": 0.8})).eval()
+    torch.testing.assert_close(run(atlas, batch), run(model, batch), rtol=1e-4, atol=1e-5)
+    models = [
+        {"model": path, "parameters": {"weight": weight}} for path, weight in zip(paths.values(), (0.4, 0.8), strict=True)
+    ]
+    for method in ("task_arithmetic", "ties"):
+        table = {"merge_method": method, "base_model": str(tmp_path / "base"), "models": models}
+        table["parameters"] = {"normalize": False, "density": 0.9} if method == "ties" else {"normalize": False}
+        merge(table, tmp_path / method)
+        found = type(pico.model()).from_pretrained(tmp_path / method)  # type: ignore[attr-defined]
+        if method == "task_arithmetic":
+            torch.testing.assert_close(run(found, batch), run(model, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_directions_has_no_masked_vectors(tmp_path: Path) -> None:
+    model, _ = adapt("llama", pool=pool_of(MODELS["llama"], 2), granularity="rank")
+    with pytest.raises(ValueError, match="granularity='rank' masks directions"):
+        model.base_model.save_masked_vectors(tmp_path)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    model, _ = adapt("llama")
+    draw_density(model.base_model.density(), tmp_path / "density.png")
+    draw_probabilities(model.base_model.mask_probabilities(), tmp_path / "probabilities.png")
+    looks = [Look("mask", 0, {"a": 1.0}, {"accuracy": 0.5}), Look("mask", 5, {"a": 0.9}, {"accuracy": 0.6})]
+    draw_history([*looks, Look("coefficients", 0, {"a": 0.9}), Look("coefficients", 5, {"a": 0.8})], tmp_path / "history.png")
+    for name in ("density", "probabilities", "history"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
 # What is refused -----------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "coefficients of layers": {"learn_coefficients": "layer", "coefficients": {"v0": 0.5, "v2": 1.7}},
     "one coefficient a vector": {"learn_coefficients": "task", "clamp_coefficients": False, "coefficients": -0.4},
     "one vector off": {"coefficients": {"v1": 0.3}},
+    "some parameters left out": {"block_types": ["linear"], "exclude_modules": ["c_proj"]},
 }
 
 
@@ -74,7 +75,7 @@ def test_a_replay_has_the_bits_of_the_adapters_own_merge(fields: dict[str, Any],
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit", "resnet"])
 def test_other_architectures(name: str, tmp_path: Path) -> None:
-    merged = learn_dense(tmp_path, name)
+    merged = learn_dense(tmp_path, name, strict=name != "resnet")  # weights of BatchNorm are left out
     merge(recipe(tmp_path), tmp_path / "out")
     own = type(merged).from_pretrained(tmp_path / "out").state_dict()
     for key, wanted in merged.state_dict().items():
