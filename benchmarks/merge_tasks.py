@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ if __package__ in (None, ""):  # run as a script: look for packages beside bench
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from benchmarks import merge_tasks_report as reporting
 from benchmarks.merge_tasks_models import (
@@ -37,26 +37,17 @@ from benchmarks.merge_tasks_models import (
     ROWS,
     TASKS,
     Task,
-    accuracy,
     fisher_information,
     gram_matrices,
     load_task,
     new_model,
     single_task_model,
 )
+from benchmarks.merge_tasks_scores import Scorer, State, best_lambda
 from peft_subspace.cli import run as peft_subspace
 from peft_subspace.merging.methods.emr import modulators
 from peft_subspace.task_vectors.task_vector import TaskVector
 
-State = Mapping[str, Tensor]
-COARSE = (
-    0.2,
-    0.4,
-    0.8,
-    1.6,
-    3.2,
-)  # of lambda; then whole steps while the best is at the edge, and the two half steps beside it
-BOUNDS = (0.05, 12.8)
 MASKS = "EMR, masks for each task"
 WEIGHTLESS = ("slerp", "model_stock", "sce", "emr")
 
@@ -70,7 +61,6 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "KnOTS-TIES 0.2": ("knots", {"density": 0.2}, "mergekit"),
     "TSV-M": ("tsv_m", {}, "mergekit"),
     "Iso-C": ("iso_c", {}, "mergekit"),
-    # of whole models only
     "magnitude prune 0.2": ("magnitude_prune", {"density": 0.2}, "mergekit"),
     "DELLA-TIES 0.3": ("della", {"density": 0.3, "epsilon": 0.15}, "mergekit"),
     "breadcrumbs-TIES 0.9": ("breadcrumbs_ties", {"density": 0.9, "gamma": 0.01}, "mergekit"),
@@ -90,12 +80,6 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Fisher": ("fisher", {}, "mergekit"),
     "RegMean": ("regmean", {}, "mergekit"),
 }
-OF_ADAPTERS = tuple(METHODS)[:8]
-
-
-def methods_of(kind: str) -> tuple[str, ...]:
-    """Names of the methods that a kind of model is merged by."""
-    return tuple(METHODS) if kind == "full" else OF_ADAPTERS
 
 
 def merge_files(recipe: dict[str, Any], out: Path) -> Path:
@@ -148,8 +132,9 @@ class Merger:
 
     def _one_by_one(self, method: str) -> Path:
         """Each model is taken in with its share."""
-        mean = self.encoders[0]
-        for k, encoder in enumerate(self.encoders[1:], 1):
+        whole = [f"{self.base}+{e}" if (Path(e) / "adapter_config.json").exists() else e for e in self.encoders]
+        mean = whole[0]
+        for k, encoder in enumerate(whole[1:], 1):
             recipe: dict[str, Any] = {"merge_method": method, "dtype": "float32"}
             if method == "slerp":
                 recipe |= {"base_model": mean, "models": [{"model": encoder}], "parameters": {"t": 1 / (k + 1)}}
@@ -171,68 +156,12 @@ class Merger:
         return merge_files(recipe, self.scratch / "model")
 
 
-class Scorer:
-    """Scores of merged encoders on the tasks, relative to the single-task models."""
-
-    def __init__(self, base: Path, tasks: Sequence[Task], singles: Sequence[Path], kind: str) -> None:
-        self.tasks = tasks
-        self.base: State = load_file(base / "model.safetensors")
-        self.models: list[nn.Module] = []
-        self.deltas: list[State] = []
-        self.single: dict[str, list[float]] = {"held_out": [], "test": []}
-        for task, single in zip(tasks, singles, strict=True):
-            vector = TaskVector.open(str(single / "encoder"), str(base))
-            delta = {name: vector[name].float() if name in vector else torch.zeros_like(x) for name, x in self.base.items()}
-            model = new_model(task.classes)
-            model.classifier.load_state_dict(load_file(single / "head.safetensors"))
-            self.deltas.append(delta)
-            self.models.append(model.eval())
-        self._load([{name: x + delta[name] for name, x in self.base.items()} for delta in self.deltas])
-        self.single = {part: self._accuracies(part) for part in self.single}
-
-    def _load(self, encoders: Sequence[State]) -> None:
-        for model, encoder in zip(self.models, encoders, strict=True):
-            missing = model.bert.load_state_dict(dict(encoder), strict=False).missing_keys
-            if any("position_ids" not in name for name in missing):
-                raise RuntimeError(f"a merged encoder lacks {', '.join(missing)}")
-
-    def _accuracies(self, part: str) -> list[float]:
-        return [accuracy(model, getattr(task, part)) for model, task in zip(self.models, self.tasks, strict=True)]
-
-    def relative(self, encoders: Sequence[State], part: str) -> list[float]:
-        """Accuracy of encoder k on task k over that of the single-task model."""
-        self._load(encoders)
-        return [score / single for score, single in zip(self._accuracies(part), self.single[part], strict=True)]
-
-    def scaled(self, deltas: Sequence[State], factor: float, part: str) -> list[float]:
-        """The same with theta_0 + factor delta_k."""
-        return self.relative([{n: x + factor * d[n] for n, x in self.base.items()} for d in deltas], part)
-
-
-def best_lambda(score: Any) -> dict[float, float]:
-    """Held-out scores by lambda, the best one inside of what was tried (or at `BOUNDS`)."""
-    found = {factor: score(factor) for factor in COARSE}
-    step = 2.0
-    while True:
-        best = max(found, key=found.__getitem__)
-        beside = [round(best * step, 4), round(best / step, 4)]
-        fresh = [factor for factor in beside if factor not in found and BOUNDS[0] <= factor <= BOUNDS[1]]
-        if not fresh and step == 2.0:
-            step = 2**0.5
-            continue
-        if not fresh or len(found) >= len(COARSE) + 6:
-            return found
-        found |= {factor: score(factor) for factor in fresh}
-        if step < 2:
-            return found
-
-
 def run(kind: str, seed: int, options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Merge by every method that has no result yet; write each result as it comes."""
     tasks = [load(name, kind, seed, options) for name in TASKS]
     singles = [single_task_model(options.folder, task, kind, seed, options.epochs) for task in tasks]
     place = results.setdefault(kind, {}).setdefault(str(seed), {})
-    names = [name for name in ("base", *methods_of(kind)) if name not in place]
+    names = [name for name in ("base", *options.methods) if name not in place]
     if not names:
         return
     base = base_folder(options.folder)
@@ -316,6 +245,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/merge-tasks"), help="where the single-task models are")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, help="of each task to train on; default: 800 for whole models, 480 for adapters")
     parser.add_argument("--held-out", type=int, default=30, help="rows of each task to choose lambda on")
@@ -326,7 +256,7 @@ def main() -> None:
     path = options.output / reporting.FILE
     results = json.loads(path.read_text())["results"] if path.exists() else {}
     if options.step == "report":
-        return reporting.report(options, results, {kind: methods_of(kind) for kind in KINDS})
+        return reporting.report(options, results, tuple(METHODS))
     for seed in options.seeds:
         for kind in options.kinds:
             if options.step == "merge":

@@ -25,24 +25,28 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
     path.with_suffix(".part").rename(path)
 
 
-def report(options: argparse.Namespace, results: dict[str, Any], methods: Mapping[str, Sequence[str]]) -> None:
-    """Print a table for each kind of model, of the seeds that are complete, and draw them."""
+def report(options: argparse.Namespace, results: dict[str, Any], methods: Sequence[str]) -> None:
+    """Print a table for each kind of model, of the seeds and methods that are complete, and draw them."""
     import matplotlib.pyplot as plt
 
     complete = {
         kind: {
             seed: found
             for seed, found in results.get(kind, {}).items()
-            if {"base", *methods[kind]} <= set(found) and int(seed) in options.seeds
+            if {"base", *CLASSIC} <= set(found) and int(seed) in options.seeds
         }
         for kind in KINDS
     }
+    names = {
+        kind: [name for name in ("base", *methods) if all(name in found for found in seeds.values())]
+        for kind, seeds in complete.items()
+    }
     kinds = [kind for kind in KINDS if complete[kind]]
     if not kinds:
-        raise SystemExit("no seed has a result of every method yet: run `merge` first")
+        raise SystemExit("no seed has results of the base, average, task arithmetic and TIES yet: run `merge` first")
     figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 7.5), squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
-        rows = sorted(_rows(complete[kind], ("base", *methods[kind])), key=lambda row: row["mean"])
+        rows = sorted(_rows(complete[kind], names[kind]), key=lambda row: row["mean"])
         _table(kind, complete[kind], rows)
         axis.barh([row["name"] for row in rows], [row["mean"] for row in rows], color="#4878a8")
         for at, row in enumerate(rows):

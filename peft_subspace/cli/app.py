@@ -90,6 +90,7 @@ def merge(
     from ..merging.run import partial_path
     from ..task_vectors.errors import RecipeError
     from ..task_vectors.pickles import pickles_allowed
+    from ..task_vectors.remote import headers_only
     from .report import describe
     from .upload import check_repository, upload
 
@@ -100,7 +101,7 @@ def merge(
         found = with_shard_size(found, shard_size)
     if out is None and not dry_run:
         raise RecipeError("the folder to make is missing: peft-subspace merge RECIPE OUT, or --dry-run to see the plan.")
-    with pickles_allowed(allow_pickle, None if out is None else out.parent):
+    with pickles_allowed(allow_pickle, None if out is None else out.parent), headers_only(dry_run):
         plan = make_plan(found)
         for note in plan.notes:
             console.warn(note)

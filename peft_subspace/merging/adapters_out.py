@@ -29,13 +29,15 @@ from ..task_vectors.lora_files import (
 from ..task_vectors.models import Given
 from ..task_vectors.reading import read_tensor
 from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .execute import Settings, finite, merged_tensor, whole_model_passes
+from .execute import Settings, merged_tensor, whole_model_passes
 from .files import put_in_place, sync_folder, write_synced
+from .inputs import finite
 from .manifest import MANIFEST, make_manifest
+from .methods.loop import Job, Part, settle
 from .outputs import RECIPE_FILE, card
 from .plan import Plan, TensorPlan
 
-Way = Literal["cat", "exact", "dense"]
+Way = Literal["cat", "exact", "dense", "knots"]
 REPORT = "merge_report.json"
 SUMS = ("linear", "task_arithmetic")  # methods that are a weighted sum of the deltas
 
@@ -55,7 +57,8 @@ def merge_adapters(
 
     With `linear` and `task_arithmetic` the result is `sum_k w_k dW_k` (over the sum of the weights, if normalised), exactly
     ("cat" and "exact" without a rank) or the nearest of a rank: the QR of the stacked factors and an SVD of a matrix of the
-    summed ranks, no product of the weight's size. Other methods merge each dW as a whole and keep its leading singular vectors.
+    summed ranks, no product of the weight's size. `knots` merges matrices in the space of the stacked factors, exactly
+    without a rank. Other methods, and updates of no low rank, are merged as a whole; their leading singular vectors are kept.
 
     What a learned method composes with one coefficient for each vector and tensor is such a sum too.
 
@@ -130,9 +133,22 @@ def _way(plan: Plan) -> Way:
             f"subspace.adapter.method: {asked} is for weighted sums (linear, or task_arithmetic without density, or "
             f"coefficients by block). Use `dense` with {recipe.merge_method}."
         )
+    full = next((tensor.name for tensor in plan.tensors if _is_dense(tensor)), None)
+    if asked in ("cat", "exact", "knots") and full is not None:
+        raise RecipeError(
+            f"subspace.adapter.method: {asked} is for updates of low rank, and that of {full!r} is dense (of DoRA, of "
+            f"a stack of experts or of a dense task vector). Use `dense`, with a rank or an energy."
+        )
     if asked in ("cat", "exact"):
         return "cat" if asked == "cat" else "exact"
-    return "exact" if sums and asked is None else "dense"
+    if recipe.merge_method == "knots" and asked != "dense" and full is None:
+        return "knots"
+    return "exact" if sums and asked is None and full is None else "dense"
+
+
+def _is_dense(tensor: TensorPlan) -> bool:
+    """Whether one of the updates of a tensor has no factors."""
+    return any(not isinstance(delta, LowRank) for model in tensor.models for delta in model.deltas)
 
 
 def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
@@ -144,13 +160,18 @@ def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
     if not is_adaptable(tensor.name, tensor.shape):
         raise InputError(f"{tensor.name!r} {list(tensor.shape)} is changed, and LoRA has no layer for it. Use `output: model`.")
     options = plan.recipe.subspace.adapter
-    if way == "dense":
+    if way == "dense" or (way == "knots" and len(tensor.shape) != 2):  # KnOTS is defined on matrices
         delta = merged_tensor(plan, tensor, True, result.reduced).reshape(tensor.shape[0], -1).float()
         rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
+        if not (options.rank or options.energy) and _is_dense(tensor):
+            raise RecipeError(
+                f"the update of {tensor.name!r} is dense, so that it has no rank of its own: set `subspace: {{adapter: {{rank: "
+                f"16}}}}`, or an energy."
+            )
         left, right, discarded = truncated(delta, rank, options.energy)
     else:
-        factors, weights = _stacked(plan, tensor)
-        if way == "cat":
+        factors, weights = ([_knots(plan, tensor)], [1.0]) if way == "knots" else _stacked(plan, tensor)
+        if way == "cat" or (way == "knots" and not options.rank and not options.energy):
             (left, right), discarded = stack(factors, weights), 0.0
         else:
             left, right, discarded = truncate_sum(factors, weights, rank=options.rank, energy=options.energy)
@@ -162,6 +183,21 @@ def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
 
 def _rank(given: Given) -> int:
     return sum(delta.rank for delta in given.deltas if isinstance(delta, LowRank))
+
+
+def _knots(plan: Plan, tensor: TensorPlan) -> tuple[Tensor, Tensor]:
+    """The merged update of a matrix in the common basis, `[rows, q]` and `[q, columns]`: exact, q at most the summed ranks."""
+    from .methods.knots import merge_factors
+
+    factors = []
+    for model in tensor.models:
+        own = [delta.factors(read_tensor) for delta in model.deltas if isinstance(delta, LowRank)]
+        own = own or [(torch.zeros(tensor.shape[0], 1), torch.zeros(1, tensor.shape[1]))]
+        factors.append((torch.cat([left for left, _ in own], 1), torch.cat([right for _, right in own])))
+    nothing = Part(None, ())  # factors are merged without the tensor
+    semantics = plan.recipe.subspace.semantics
+    job = Job(plan.method, tensor.shape, lambda *_: nothing, tensor.options, tensor.per_model, semantics=semantics)
+    return merge_factors(factors, settle(job)[1])
 
 
 def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:

@@ -8,7 +8,6 @@ tensors, and no sum is ever divided among them, so the bytes do not depend on ho
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,17 +20,14 @@ from torch import Tensor
 
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.headers import ITEM_SIZES, TensorHeader
-from ..task_vectors.reading import DTYPES, GivenReader, Reader, read_tensor
+from ..task_vectors.reading import DTYPES, Reader, read_tensor
 from .files import OutputFiles
+from .inputs import Stopped, TensorInputs, check_finite, fetch, finite
 from .journal import Journal, crc_of
-from .methods.loop import TILE, Job, Part, map_tensor, reduce_tensors
+from .methods.loop import TILE, Job, map_tensor, reduce_tensors
 from .plan import CHUNK, HELD, Plan, TensorPlan
 
 AHEAD = 2  # tensors per worker whose bytes the system is asked to fetch
-
-
-class Stopped(Exception):
-    """Another worker failed, or the user pressed Ctrl-C."""
 
 
 @dataclass
@@ -116,14 +112,14 @@ def whole_model_passes(plan: Plan, settings: Settings) -> dict[str, Any] | None:
         return None
     run, reader = _Run(plan, settings), Reader()
     with torch.inference_mode():
-        return reduce_tensors([run.job(t, _Inputs(run, t, reader)) for t in plan.tensors if t.action == "merge"])
+        return reduce_tensors([run.job(t, run.inputs(t, reader)) for t in plan.tensors if t.action == "merge"])
 
 
 def merged_tensor(plan: Plan, tensor: TensorPlan, as_delta: bool = False, reduced: dict[str, Any] | None = None) -> Tensor:
     """One merged tensor in memory, in the dtype of the computation; the merged delta with `as_delta`."""
     run = _Run(plan, Settings())
     run.reduced = reduced
-    source = _Inputs(run, tensor, Reader())
+    source = run.inputs(tensor, Reader())
     return torch.cat([values.clone() for _, values in run.merged(tensor, source, as_delta)]).reshape(tensor.shape)
 
 
@@ -161,7 +157,7 @@ class _Run:
         if self.stopped.is_set() or number >= len(self.remaining):
             return None
         for ahead in self.remaining[start:stop]:  # each once: it costs time even if the bytes are there
-            _fetch(ahead)
+            fetch(ahead)
         return self.remaining[number]
 
     def _one(self, tensor: TensorPlan, reader: Reader, files: OutputFiles, journal: Journal) -> None:
@@ -188,10 +184,10 @@ class _Run:
             assert tensor.base.values is not None
             for start in range(0, tensor.count, chunk):
                 values = reader.stored(tensor.base.values, start, min(start + chunk, tensor.count), 0)
-                self._check(values, tensor, "the base")
+                check_finite(self.plan, values, tensor, "the base")
                 yield start * values.element_size(), _memory(values)
             return
-        source = _Inputs(self, tensor, reader)
+        source = self.inputs(tensor, reader)
         size = ITEM_SIZES[tensor.dtype]
         out = torch.empty(min(tensor.count, chunk), dtype=DTYPES[tensor.dtype])
         first, filled = 0, 0
@@ -206,7 +202,7 @@ class _Run:
         if filled:
             yield first * size, self._finish(out[:filled], tensor)
 
-    def merged(self, tensor: TensorPlan, source: _Inputs, as_delta: bool) -> Iterator[tuple[int, Tensor]]:
+    def merged(self, tensor: TensorPlan, source: TensorInputs, as_delta: bool) -> Iterator[tuple[int, Tensor]]:
         """The merged values in parts, in order."""
         if tensor.action == "cast":
             for start in range(0, tensor.count, self.chunk):
@@ -217,7 +213,11 @@ class _Run:
         job = self.job(tensor, source, as_delta)
         yield from map_tensor(job, reduce_tensors([job]) if self.reduced is None else self.reduced)
 
-    def job(self, tensor: TensorPlan, source: _Inputs, as_delta: bool = False) -> Job:
+    def inputs(self, tensor: TensorPlan, reader: Reader) -> TensorInputs:
+        """What is read for one tensor."""
+        return TensorInputs(self.plan, tensor, reader, self.dtype, self.stopped)
+
+    def job(self, tensor: TensorPlan, source: TensorInputs, as_delta: bool = False) -> Job:
         """The merge of one tensor, as the loop takes it."""
         subspace = self.plan.recipe.subspace
         return Job(
@@ -234,79 +234,6 @@ class _Run:
             )
         return _memory(out)
 
-    def _check(self, values: Tensor, tensor: TensorPlan, owner: str) -> None:
-        if values.is_floating_point() and self.plan.recipe.subspace.non_finite == "error" and not finite(values):
-            raise InputError(
-                f"{owner}: {tensor.name!r} has values that are NaN or infinite. Use an undamaged model, or write "
-                f"`subspace: {{non_finite: allow}}`."
-            )
-
-
-class _Inputs:
-    """Reads the parts of one tensor from the base and all models, from its first to its last, once or several times."""
-
-    def __init__(self, run: _Run, tensor: TensorPlan, reader: Reader) -> None:
-        self.run, self.tensor, self.reader = run, tensor, reader
-        self.base: GivenReader | None = None
-        self.models: list[GivenReader] = []
-        self.slot = 0
-        self.checked = 0
-
-    def _open(self) -> None:
-        tensor, dtype = self.tensor, self.run.dtype
-        self.base = None if tensor.base is None else GivenReader(tensor.base, dtype, self.reader, 0)
-        self.slot = 0 if self.base is None else self.base.slots
-        self.models = []
-        for given in tensor.models:
-            self.models.append(GivenReader(given, dtype, self.reader, self.slot))
-            self.slot += self.models[-1].slots
-
-    def read(self, start: int, stop: int) -> Part:
-        """See `Job.read`. Values are checked the first time that they are read."""
-        if self.run.stopped.is_set():
-            raise Stopped
-        if start == 0:
-            self._open()
-        base = None if self.base is None else self.base.part(start, stop, None)
-        tensors = [model.part(start, stop, base) for model in self.models]
-        if stop > self.checked:
-            self.checked = stop
-            if base is not None:
-                self.run._check(base, self.tensor, "the base")
-            for number, tensor in enumerate(tensors):
-                self.run._check(tensor, self.tensor, self.run.plan.names[number])
-        part = Part(base, tensors, [model.is_delta for model in self.models], self._statistics(start, stop))
-        if stop == self.tensor.count:
-            self.base, self.models = None, []  # factors of low-rank deltas are not kept for tensors that wait
-        return part
-
-    def _statistics(self, start: int, stop: int) -> list[Tensor] | None:
-        headers = self.tensor.statistics
-        if headers is None:
-            return None
-        if self.run.plan.method.kind_for(self.tensor.options) == "matrix":
-            return [read_tensor(header) for header in headers]
-        return [self.reader.stored(header, start, stop, self.slot + n) for n, header in enumerate(headers)]
-
-
-def finite(values: Tensor) -> bool:
-    """Whether all values are finite: their sum is not if one is not; the exact check if the sum overflowed."""
-    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
-
 
 def _memory(values: Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data
-
-
-def _fetch(tensor: TensorPlan) -> None:
-    """Ask the system to read the bytes of a tensor, while others are computed."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    given = [*tensor.models, *([tensor.base] if tensor.base else [])]
-    for header in (header for one in given for header in one.headers):
-        with contextlib.suppress(OSError):
-            file = os.open(header.path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(file, header.offset, min(header.nbytes, 2**26), os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(file)

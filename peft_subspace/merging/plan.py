@@ -142,6 +142,10 @@ class Plan:
         kinds = {self.method.kind_for(tensor.options) for tensor in self.tensors if tensor.action == "merge"} or {"elementwise"}
         models = len(self.sources) + (self.base is not None)
         chunk = CHUNK * (models * 4 + 16) * threads + HELD
+        method, semantics = self.method, self.recipe.subspace.semantics
+        if "rows" in kinds:  # a row is read whole
+            row = max((method.row_length(tensor.shape, semantics) for tensor in self.tensors), default=0)
+            chunk += max(0, row - CHUNK) * (models * 4 + 16) * threads
         if "matrix" in kinds:
             largest = max(tensor.count for tensor in self.tensors)
             chunk += largest * 4 * (models + 3)

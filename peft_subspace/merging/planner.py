@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.deltas import LowRank, StoredDelta
+from ..task_vectors.deltas import StoredDelta
 from ..task_vectors.errors import InputError, RecipeError, sentence
 from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader
 from ..task_vectors.models import Given, Source, extra_saved, given_by, open_source, without_base
@@ -254,7 +254,7 @@ class _Planner:
         if embedding is None:
             return []
         sides = [(one.get(embedding, Given()), one.get(head or "", Given())) for one in given]
-        if not any(isinstance(d, LowRank) for pair in sides for one in pair for d in one.deltas):
+        if all(isinstance(d, StoredDelta) for pair in sides for one in pair for d in one.deltas):
             return []
         self.untied = True
         self.notes.append("an adapter changes one of the tied embeddings: the result has two (tie_word_embeddings: false).")

@@ -90,7 +90,7 @@ class AdapterOutput(Strict):
     Attributes:
         method: "cat" stacks the factors, "exact" truncates their sum by QR and SVD, "dense" merges each weight with
             `merge_method` and truncates the result by SVD, "knots" merges in the space of the stacked factors.
-        rank: of the result; None keeps all of "cat" and "exact", and the largest rank of the inputs otherwise.
+        rank: of the result; None keeps all of "cat", "exact" and "knots", and the largest rank of the inputs otherwise.
         energy: keep this share of the squared norm instead, in (0, 1]; `rank` is then an upper bound.
     """
 

@@ -1,4 +1,4 @@
-"""Adapter files as deltas: plain LoRA of PEFT, and the adapters of this package. Reads headers only; imports no PEFT."""
+"""Adapter files as deltas: LoRA and DoRA of PEFT, and the adapters of this package. Reads headers only; imports no PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .deltas import LoraDelta, LowRank, TuckerDelta
+from .deltas import Delta, LoraDelta, TuckerDelta
+from .dense_deltas import DoraDelta, ParameterDelta
 from .errors import InputError
 from .headers import TensorHeader
 from .sources import Checkpoint, shortened
@@ -16,7 +17,6 @@ from .sources import Checkpoint, shortened
 PEFT_PREFIX = "base_model.model."
 # Options of LoraConfig with which dW is not scale B A, or the adapter is not only dW.
 OTHER_LORA = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "lora_bias": "biases on B",
     "layer_replication": "replicated layers",
@@ -26,10 +26,9 @@ OTHER_LORA = {
     "monteclora_config": "MonteCLoRA",
     "alora_invocation_tokens": "activated LoRA",
     "trainable_token_indices": "trained single tokens",
-    "target_parameters": "LoRA on bare parameters",
 }
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}  # they store linear weights as [in, out]
-_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.weight)?")
+_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:(?:embedding_)?[AB]|magnitude_vector))(?:\.weight)?")
 _FLORA = re.compile(r"(?P<module>.+)\.flora_delta(?:_(?P<weight>\w+))?\.(?P<tensor>core|factor_\d+)")
 _BATCH_NORM = re.compile(r"(?P<module>.+)\.\w+_batch_norm\.(?P<tensor>running_mean|running_var|num_batches_tracked)")
 
@@ -45,17 +44,19 @@ class Adapter:
         bare: ends of the names of parameters that belong to no layer and may be meant by `<module>.weight`.
     """
 
-    deltas: dict[str, LowRank] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
     saved: dict[str, TensorHeader] = field(default_factory=dict)
     base: str | None = None
     bare: tuple[str, ...] = ()
 
 
 def read_lora(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
-    """Read a plain LoRA; its file says by itself which weights are stored the other way round.
+    """Read a LoRA or DoRA; its file says by itself which weights are stored the other way round.
+
+    Deltas of DoRA and of bare parameters (`target_parameters`) are complete when they are put on a weight (`OnWeight.on`).
 
     Raises:
-        InputError: a LoRA that is more than scale B A, by the name of its variant; or a file that is not whole.
+        InputError: a LoRA that is more than that, by the name of its variant; or a file that is not whole.
     """
     config = checkpoint.config
     other = [title for option, title in OTHER_LORA.items() if config.get(option)]
@@ -74,17 +75,24 @@ def read_lora(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
             raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of a plain LoRA.")
         else:
             saved[name.replace(".base_layer.", ".")] = tensor
-    deltas: dict[str, LowRank] = {}
+    deltas: dict[str, Delta] = {}
+    owners = tuple(f".{name.rpartition('.')[0]}" for name in _bare(checkpoint))
     for module, tensors in parts.items():
-        deltas[f"{module.replace('.base_layer', '')}.weight"] = _lora_delta(checkpoint, module, tensors)
+        owner = module.replace(".base_layer", "")
+        if f".{owner}".endswith(owners):  # several parameters of a module are told apart by nested base_layers
+            deltas[f"{module}.weight"] = _parameter_delta(checkpoint, module, tensors)
+        else:
+            deltas[f"{owner}.weight"] = _lora_delta(checkpoint, module, tensors)
     if not deltas and not saved:
         raise InputError(f"{checkpoint.name}: has no tensors.")
-    return Adapter(deltas, saved, config.get("base_model_name_or_path"))
+    return Adapter(deltas, saved, config.get("base_model_name_or_path"), tuple(_bare(checkpoint)))
 
 
-def _lora_delta(checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHeader]) -> LoraDelta:
+def _lora_delta(checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHeader]) -> LoraDelta | DoraDelta:
     config, embedding = checkpoint.config, any("embedding" in part for part in tensors)
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    names = ["lora_embedding_A", "lora_embedding_B"] if embedding else ["lora_A", "lora_B"]
+    if config.get("use_dora"):
+        names.append("lora_magnitude_vector")
     if set(tensors) != set(names):
         raise InputError(f"{checkpoint.name}: {module!r} has {', '.join(sorted(tensors))}; {' and '.join(names)} are expected.")
     down, up = tensors[names[0]], tensors[names[1]]
@@ -96,10 +104,28 @@ def _lora_delta(checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHe
             f"{checkpoint.name}: {module!r} has A {list(down.shape)} and B {list(up.shape)}, which do not fit its rank {r}"
             + (": a convolution with groups, whose LoRA cannot be merged into its weight." if grouped else ".")
         )
+    scale = _lora_scale(checkpoint, module, alpha, r)
+    found = LoraDelta(down, up, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
+    return DoraDelta(f"{checkpoint.name}: {module!r}", found, tensors[names[2]]) if config.get("use_dora") else found
+
+
+def _lora_scale(checkpoint: Checkpoint, module: str, alpha: Any, r: int) -> float:
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise InputError(f"{checkpoint.name}: {module!r} has lora_alpha {alpha!r}, which is not a number.")
-    scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return LoraDelta(down, up, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
+    return alpha / (math.sqrt(r) if checkpoint.config.get("use_rslora") else r)
+
+
+def _parameter_delta(checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHeader]) -> ParameterDelta:
+    """LoRA on one of the bare parameters of a module; which one, the shapes say when the base is known."""
+    config, owner = checkpoint.config, f"{checkpoint.name}: {module!r}"
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise InputError(f"{owner}: a rank_pattern or alpha_pattern together with target_parameters is not supported.")
+    down, up, r = tensors.get("lora_A"), tensors.get("lora_B"), config.get("r")
+    if down is None or up is None or len(tensors) > 2:
+        raise InputError(f"{owner} has {', '.join(sorted(tensors))}; lora_A and lora_B are expected.")
+    if not isinstance(r, int) or r < 1 or len(down.shape) != 2 or down.shape[0] % r or up.shape[1:] != down.shape[:1]:
+        raise InputError(f"{owner} has A {list(down.shape)} and B {list(up.shape)}, which do not fit its rank {r}.")
+    return ParameterDelta(owner, down, up, r, _lora_scale(checkpoint, module, config.get("lora_alpha"), r))
 
 
 def _pattern(checkpoint: Checkpoint, field_name: str, module: str, default: Any) -> Any:
@@ -147,7 +173,7 @@ def read_flora(checkpoint: Checkpoint, model_type: str | None) -> Adapter:
         InputError: tensors that are missing or do not fit each other, by layer.
     """
     parts, saved = by_layer(checkpoint, _FLORA, "flora_", "a FLoRA adapter")
-    deltas: dict[str, LowRank] = {}
+    deltas: dict[str, Delta] = {}
     for (module, weight), tensors in parts.items():
         deltas[f"{module}.{weight or 'weight'}"] = _tucker(checkpoint, module, weight, tensors, model_type)
     return Adapter(deltas, saved, checkpoint.config.get("base_model_name_or_path"), tuple(_bare(checkpoint)))

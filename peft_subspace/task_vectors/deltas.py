@@ -147,8 +147,20 @@ class LowRank(Delta, Protocol):
 class OnWeight(Protocol):
     """A delta that is made of the base's own weight, and complete when that is known."""
 
-    def on(self, weight: TensorHeader) -> LowRank:
+    def on(self, weight: TensorHeader) -> Delta:
         """The same on this weight; an InputError if it does not fit."""
+
+
+@runtime_checkable
+class ByRows(Delta, Protocol):
+    """A dense delta of which any rows can be computed by themselves."""
+
+    @property
+    def columns(self) -> int:
+        """Length of a row."""
+
+    def row_reader(self, read: Read) -> Callable[[int, int], Tensor]:
+        """Function (first, stop) -> rows `[stop - first, columns]` in float32; `stop` may be past the end."""
 
 
 def columns_of(shape: tuple[int, ...]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .adapters import Adapter, unmatched_text
 from .deltas import Delta, LoraDelta, OnWeight, StoredDelta, TuckerDelta
+from .dense_deltas import ParameterDelta
 from .errors import InputError
 from .headers import TensorHeader
 from .readers import read_adapter
@@ -202,9 +203,14 @@ def _matched(part: Checkpoint, adapter: Adapter, ours: dict[str, str], base: Map
             for ours_name, stored in ours.items()
             if ours_name.rpartition(".")[0].endswith(owner)
             and ours_name.endswith(adapter.bare)
-            and base[stored].shape == delta.shape
+            and (delta.fits(base[stored].shape) if isinstance(delta, ParameterDelta) else base[stored].shape == delta.shape)
         ]
-        if name not in known and adapter.bare and len(found) == 1:
+        if isinstance(delta, ParameterDelta) and len(found) > 1:
+            raise InputError(
+                f"{delta.owner}: its update fits {unmatched_text(found)}, and the file does not say which is meant. Merge the "
+                f"adapter into its model first (`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
+            )
+        if (name not in known or isinstance(delta, ParameterDelta)) and adapter.bare and len(found) == 1:
             known[name] = found[0]
     names = match_names([*adapter.deltas, *adapter.saved], known, part.name)
     return {theirs: known[name] for theirs, name in names.items()}

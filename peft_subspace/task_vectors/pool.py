@@ -261,7 +261,7 @@ def _places(parts: Sequence[Checkpoint]) -> tuple[Any, ...]:
 
 
 def _scales_its_base(source: Source) -> bool:
-    """Whether an adapter's update is made of the base's own weights (SVFit)."""
+    """Whether an adapter's update is made of the base's own weights (SVFit, DoRA)."""
     adapters = [read_adapter(part) for part in source.checkpoints if part.kind == "adapter"]
     return any(delta.shape is None for adapter in adapters for delta in adapter.deltas.values())
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .deltas import Delta, LowRank, StoredDelta
+from .deltas import ByRows, Delta, LowRank, StoredDelta
 from .errors import InputError
 from .headers import ITEM_SIZES, TensorHeader
 from .models import Given
@@ -108,7 +108,7 @@ def read_tensor(header: TensorHeader) -> Tensor:
 class DeltaReader:
     """Values of one delta, by range.
 
-    The rows of a low-rank product are computed by blocks that begin at fixed rows, so that a value does not depend on the
+    Rows of what is not stored are computed by blocks that begin at fixed rows, so that a value does not depend on the
     range that it was asked for in (a matrix product rounds by the sizes of its operands).
     """
 
@@ -116,10 +116,14 @@ class DeltaReader:
         self.delta = delta
         self._block: tuple[int, Tensor] | None = None
         if isinstance(delta, LowRank):
-            left, right = delta.factors(read)
-            self.left, self.right = left.contiguous(), right.contiguous()
+            left, right = (factor.contiguous() for factor in delta.factors(read))
             self.columns = right.shape[1]
-            self.rows = max(1, ROW_BLOCK // max(1, self.columns))
+            self._compute: Callable[[int, int], Tensor] = lambda first, stop: left[first:stop] @ right
+        elif isinstance(delta, ByRows):
+            self.columns, self._compute = delta.columns, delta.row_reader(read)
+        else:
+            self.columns = 1
+        self.rows = max(1, ROW_BLOCK // max(1, self.columns))
 
     def part(self, start: int, stop: int, reader: Reader, slot: int) -> Tensor:
         """Values [start, stop), flat, in float32 or the dtype of the file."""
@@ -136,8 +140,7 @@ class DeltaReader:
 
     def _rows(self, number: int) -> Tensor:
         if self._block is None or self._block[0] != number:
-            rows = self.left[number * self.rows : (number + 1) * self.rows]
-            self._block = number, (rows @ self.right).reshape(-1)
+            self._block = number, self._compute(number * self.rows, (number + 1) * self.rows).reshape(-1)
         return self._block[1]
 
 

@@ -80,6 +80,8 @@ def _exists(name: str) -> bool:
 def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder or file of a model: as it is if it is there, else downloaded from the Hub into its cache.
 
+    Within `remote.headers_only` the headers of its weights are all that is fetched of them.
+
     Returns:
         The path, and the Hub's commit, None for a local one.
 
@@ -95,7 +97,11 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from .remote import header_folder
+
     try:
+        if (headers := header_folder(name, revision, HUB_FILES)) is not None:
+            return headers
         path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]

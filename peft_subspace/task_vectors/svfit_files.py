@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .adapters import CONV1D_MODELS, Adapter, by_layer, is_embedding_module
-from .deltas import LowRank, Read, columns_of
+from .deltas import Delta, Read, columns_of
 from .errors import InputError
 from .headers import TensorHeader
 from .sources import Checkpoint
@@ -132,7 +132,7 @@ def read_svfit(checkpoint: Checkpoint, model_type: str | None) -> Adapter:
         InputError: tensors that are missing, or stacks of matrices (experts, convolutions with groups), by layer.
     """
     parts, saved = by_layer(checkpoint, _TENSOR, "svfit_", "an SVFit adapter")
-    deltas: dict[str, LowRank] = {}
+    deltas: dict[str, Delta] = {}
     for (module, weight), tensors in parts.items():
         owner = f"{checkpoint.name}: {module!r}"
         lost = [name for name in ("shift", "singular_values", "probe") if name not in tensors]

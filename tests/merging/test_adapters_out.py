@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
     "patterns": {"r": 3, "rank_pattern": {"q_proj": 1, "layers.1.mlp.up_proj": 5}, "alpha_pattern": {"v_proj": 9}},
 }
+DENSE = {"dora": {"r": 2, "lora_alpha": 5, "use_dora": True}}  # no low rank
 TARGETS = {"llama": ["q_proj", "v_proj", "up_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"], "vit": ["q_proj", "projection"]}
 
 
@@ -29,7 +30,7 @@ def adapters(folder: Path, model: str = "llama", kinds: tuple[str, ...] = tuple(
     """A base, and LoRA adapters of all kinds on it."""
     MODELS[model].model().save_pretrained(folder / "base")
     for seed, kind in enumerate(kinds):
-        options = {"fan_in_fan_out": model == "gpt2", **KINDS[kind], "target_modules": TARGETS[model]}
+        options = {"fan_in_fan_out": model == "gpt2", **{**KINDS, **DENSE}[kind], "target_modules": TARGETS[model]}
         wrapped = peft.get_peft_model(MODELS[model].model(), peft.LoraConfig(**options))
         torch.manual_seed(seed)
         for name, parameter in wrapped.named_parameters():
@@ -135,6 +136,26 @@ def test_other_methods_merge_each_update_as_a_whole(method: str, tmp_path: Path)
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["llama", "vit"])  # vit: a convolution too
+@pytest.mark.parametrize("inner", ["ties", "task_arithmetic"])
+def test_knots_is_exact_in_the_space_of_the_factors(inner: str, model: str, tmp_path: Path) -> None:
+    """Of the summed ranks at most, and equal to the merge of the dense updates."""
+    weights = {"plain": 0.6, "rslora": 0.5}
+    adapters(tmp_path, model, tuple(weights))
+    options: dict[str, Any] = {"parameters": {"density": 0.5, "inner": inner}}
+    out = merge(table(tmp_path, weights, "knots", **options), tmp_path / "out")
+    merge(table(tmp_path, weights, "knots", subspace={"output": "model"}, **options), tmp_path / "model")
+    expected = TaskVector.open(tmp_path / "model", tmp_path / "base")
+    found = TaskVector.open(out, tmp_path / "base")
+    matrices = [name for name in found if len(found.shapes[name]) == 2]
+    for name in matrices:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+    report = json.loads((out / "merge_report.json").read_text())
+    assert all(report[name]["rank"] <= 6 and report[name]["relative_error"] == 0 for name in matrices)
+    less = merge(table(tmp_path, weights, "knots", subspace={"adapter": {"rank": 2}}, **options), tmp_path / "less")
+    assert json.loads((less / "adapter_config.json").read_text())["r"] == 2
+
+
 def test_our_adapters_and_lora_merge_into_lora(tmp_path: Path) -> None:
     adapters(tmp_path, kinds=("plain",))
     config = peft_subspace.FloraConfig(r=3, init_weights=False, target_modules=["q_proj", "o_proj"])
@@ -192,6 +213,22 @@ def test_what_cannot_be_an_adapter_is_said(tmp_path: Path) -> None:
         merge(table(tmp_path, {"plain": 1}), tmp_path / "out")
 
 
+def test_a_dense_update_becomes_an_adapter_by_its_singular_vectors(tmp_path: Path) -> None:
+    """DoRA, and a task-vector file that is not of low rank."""
+    weights = {"plain": 0.6, "dora": 0.5}
+    adapters(tmp_path, kinds=tuple(weights))
+    out = merge(table(tmp_path, weights, subspace={"adapter": {"rank": 32}}), tmp_path / "out")  # of 32 rows: all of it
+    torch.testing.assert_close(peft_output(tmp_path, out), summed_output(tmp_path, weights), rtol=1e-4, atol=1e-5)
+    TaskVector.open(tmp_path / "dora", tmp_path / "base").save(tmp_path / "vector.safetensors")
+    recipe = table(tmp_path, {"plain": 0.6, "vector.safetensors": 0.5}, subspace={"adapter": {"rank": 32}})
+    again = merge(recipe, tmp_path / "again")
+    torch.testing.assert_close(peft_output(tmp_path, again), summed_output(tmp_path, weights), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RecipeError, match=r"exact is for updates of low rank, and that of 'model\..*' is dense"):
+        merge(table(tmp_path, weights, subspace={"adapter": {"method": "exact"}}), tmp_path / "other")
+    with pytest.raises(RecipeError, match=r"is dense, so that it has no rank of its own"):
+        merge(table(tmp_path, {"dora": 1.0}), tmp_path / "other")
+
+
 # Adapters into whole models ------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +236,7 @@ def test_what_cannot_be_an_adapter_is_said(tmp_path: Path) -> None:
 def test_adapters_merge_into_a_model(model: str, tmp_path: Path) -> None:
     import transformers
 
-    weights = {"plain": 0.6, "rslora": 0.5}
+    weights = {"plain": 0.6, "rslora": 0.5, "dora": 0.7}
     adapters(tmp_path, model, tuple(weights))
     recipe = table(tmp_path, weights, subspace={"output": "model"})
     recipe["models"][0]["model"] = f"{tmp_path / 'base'}+{tmp_path / 'plain'}"  # as mergekit writes it

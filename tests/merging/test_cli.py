@@ -236,10 +236,13 @@ def test_pickles_through_the_command_line(command: Command) -> None:
 
 
 HUB = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from huggingface_hub import HfApi
 from peft_subspace.cli.app import run
+from peft_subspace.merging.planner import make_plan
+from peft_subspace.merging.recipe import make_recipe
+from peft_subspace.task_vectors.remote import headers_only
 from tests.merging.tiny import contents, near, random_tensors, recipe, trio, write
 folder = Path(sys.argv[1])
 models = trio(folder)
@@ -252,6 +255,14 @@ write(folder / "a2", near(models["base"], 99))
 api.upload_folder(repo_id="user/a", folder_path=folder / "a2")
 table = {"merge_method": "task_arithmetic", "base_model": "user/base", "models": [{"model": "user/a@v1"}]}
 (folder / "recipe.json").write_text(json.dumps(table))
+assert run(["merge", str(folder / "recipe.json"), "--dry-run"]) == 0
+cache = Path(os.environ["HF_HUB_CACHE"])
+assert not list(cache.rglob("*.safetensors")), "a dry run downloads no weights"
+assert len(list(cache.rglob("config.json"))) == 2
+with headers_only():
+    planned = make_plan(make_recipe(table))
+stored = planned.files["user/a@v1: model.safetensors"].tensors
+assert {n: (t.dtype, t.shape) for n, t in stored.items()} == {n: ("F32", tuple(x.shape)) for n, x in models["a"].items()}
 assert run(["merge", str(folder / "recipe.json"), str(folder / "out"), "--push-to-hub", "user/merged"]) == 0
 assert run(["verify", str(folder / "out")]) == 0
 manifest = json.loads((folder / "out/merge_manifest.json").read_text())
@@ -268,6 +279,7 @@ assert "base_model:\\n- \\"user/base\\"\\n- \\"user/a\\"" in (Path(down) / "READ
 table["models"] = [{"model": "user/nothing"}]
 (folder / "recipe.json").write_text(json.dumps(table))
 assert run(["merge", str(folder / "recipe.json"), str(folder / "no")]) == 3
+assert run(["merge", str(folder / "recipe.json"), "--dry-run"]) == 3
 print("done")
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,14 @@ LORA: dict[str, tuple[str, dict[str, Any]]] = {
     "conv": ("vit", {"r": 4, "target_modules": ["projection", "q_proj"]}),
     "conv net": ("conv", {"r": 4, "target_modules": ["stem", "pointwise", "head"]}),
     "mlp": ("mlp", {"r": 4, "target_modules": ["first", "second"]}),
+    "experts": (
+        "moe",
+        {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "DoRA": ("llama", {"r": 4, "lora_alpha": 6, "use_dora": True, "rank_pattern": {"q_proj": 2}}),
+    "DoRA, Conv1D": ("gpt2", {"r": 4, "use_dora": True, "target_modules": ["c_attn", "c_proj", "c_fc"]}),
+    "DoRA, embeddings": ("llama", {"r": 3, "use_dora": True, "target_modules": ["embed_tokens", "v_proj"]}),
+    "DoRA, conv net": ("conv", {"r": 4, "use_dora": True, "target_modules": ["stem", "pointwise", "head"]}),
 }
 
 
@@ -190,7 +199,6 @@ def test_batch_norm_statistics_belong_to_the_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "biases on B"),
         ({"trainable_token_indices": [1, 2]}, "trained single tokens"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "replicated layers"),
@@ -202,6 +210,69 @@ def test_what_is_no_plain_lora_is_refused_by_name(options: dict[str, Any], name:
     table = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**table, **options}))
     with pytest.raises(InputError, match=rf"uses {name}.*merge_and_unload"):
+        TaskVector.open(adapter, base)
+
+
+class Experts(nn.Module):
+    """Two stacks of matrices, `[experts, out, in]`, or `[experts, in, out]` where `is_transposed`."""
+
+    def __init__(self, transposed: bool, width: int = 6) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        self.up, self.down = (
+            nn.Parameter(torch.randn(3, *(shape[::-1] if transposed else shape))) for shape in ((8, 6), (width, 8))
+        )
+
+
+class Stacks(nn.Module):
+    """What transformers names as mixtures of experts do, in small."""
+
+    def __init__(self, transposed: bool, width: int = 6) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"experts": Experts(transposed, width)}) for _ in range(2)])
+        self.head = nn.Linear(6, 5)
+
+
+def stacks(transposed: bool, width: int = 6) -> Pico:
+    """That model as a pico model."""
+    return replace(MODELS["mlp"], build=lambda: Stacks(transposed, width))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": []}], ids=str)
+def test_lora_on_bare_parameters_is_what_peft_merges(transposed: bool, options: dict[str, Any], tmp_path: Path) -> None:
+    """Two stacks of one module: their updates are told apart by their shapes."""
+    names = ["experts.up", "experts.down"] if transposed else ["experts.down"]
+    pico = stacks(transposed, width=4 if transposed else 6)
+    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": ["head"], "target_parameters": names, **options})
+    vector = check(*adapted(pico, config, tmp_path))
+    assert all(vector.rank(name) is None for name in vector if "experts" in name)
+    reader, (name, *_) = Reader(), [name for name in vector if "experts" in name]
+    whole = DeltaReader(vector.terms[0][1][name].deltas[0]).part(0, vector[name].numel(), reader, 0)
+    pieces = DeltaReader(vector.terms[0][1][name].deltas[0])
+    cut = [pieces.part(at, min(at + 7, whole.numel()), reader, 0) for at in range(0, whole.numel(), 7)]
+    assert torch.equal(torch.cat(cut), whole)
+
+
+def test_updates_of_bare_parameters_that_could_be_two_are_refused(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.up", "experts.down"])
+    base, adapter, *_ = adapted(stacks(False), config, tmp_path)  # down is [6, 8] and up [8, 6]
+    with pytest.raises(InputError, match=r"its update fits 'layers\.0\.experts\.down'.*does not say which"):
+        TaskVector.open(adapter, base)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down"])
+    base, adapter, *_ = adapted(stacks(False, width=8), config, tmp_path / "square")
+    with pytest.raises(InputError, match=r"is a stack of square matrices"):
+        TaskVector.open(adapter, base)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True, "target_modules": ["q_proj"]}], ids=["DoRA"])
+def test_what_scales_the_base_needs_it(options: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter, *_ = adapted(MODELS["llama"], peft.LoraConfig(r=2, **options), tmp_path)
+    with pytest.raises(InputError, match=r"is made of the base's own weight: name the base"):
+        TaskVector.open(adapter)
+    table = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**table, "use_dora": False}))
+    with pytest.raises(InputError, match=r"has lora_A, lora_B, lora_magnitude_vector; lora_A and lora_B are expected"):
         TaskVector.open(adapter, base)
 
 

@@ -88,11 +88,11 @@ for _method in (
     ),
     Method(
         "della", "rows", "delta", f"{_HERE}.della:della", _sparse(True, True, _EPSILON, SIGNS),
-        f"{_HERE}.della:passes", check=checks.chances_inside_0_1, reference=_DELLA,
+        f"{_HERE}.della:passes", check=checks.chances_inside_0_1, reference=_DELLA, second_axis=("mergekit",),
     ),
     Method(
         "della_linear", "rows", "delta", f"{_HERE}.della:della_linear", _sparse(False, True, _EPSILON),
-        f"{_HERE}.della:passes", check=checks.chances_inside_0_1, reference=_DELLA,
+        f"{_HERE}.della:passes", check=checks.chances_inside_0_1, reference=_DELLA, second_axis=("mergekit",),
     ),
     Method(
         "slerp", "elementwise", "model", f"{_HERE}.spherical:slerp", (Parameter("t", 0.5, help="0: the base, 1: the other"),),

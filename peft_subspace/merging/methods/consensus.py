@@ -48,19 +48,30 @@ def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Te
     if inputs.options["majority_sign_method"] == "frequency":
         tally = sum((ballot.sign() for ballot in ballots), torch.zeros_like(ballots[0]))
     else:
-        tally = weighted_sum(ballots, [1.0] * len(ballots))
+        tally = ballots[0] + ballots[1] if len(ballots) > 1 else ballots[0].clone()
+        tally = _sum([tally, *ballots[2:]])
     sign = tally.sign_().add_(0.5).sign_()  # a tally of 0 elects +
-    merged = torch.zeros_like(sign)
-    divide = inputs.options["normalize"] or not weighted
-    divisor = torch.zeros_like(sign) if divide else None
-    for ballot, factor, share in zip(ballots, after, shares, strict=True):
-        agreeing = ballot.mul_(sign).clamp_min_(0)  # |d_k| where it agrees, else 0
-        merged.add_(agreeing, alpha=factor)
-        if divisor is not None:
-            divisor.add_(agreeing.sign_(), alpha=share)
-    if divisor is not None:
-        merged.div_(_without_zeros(divisor, shares))
-    return merged.mul_(sign).mul_(inputs.options["lambda"])
+    agreeing = [ballot.mul_(sign).clamp_min_(0) for ballot in ballots]  # |d_k| where it agrees, else 0
+    merged = _mean(agreeing, after, shares) if inputs.options["normalize"] or not weighted else _sum(agreeing)
+    factor = inputs.options["lambda"]
+    return merged.mul_(sign) if factor == 1 else merged.mul_(sign).mul_(factor)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Sigma_k tensors_k, in place of the first."""
+    for tensor in tensors[1:]:
+        tensors[0].add_(tensor)
+    return tensors[0]
+
+
+def _mean(agreeing: Sequence[Tensor], factors: Sequence[float], shares: Sequence[float]) -> Tensor:
+    """Sigma_k factor_k agreeing_k / Sigma_k share_k, the second sum over those that are not 0; uses them up."""
+    merged = agreeing[0] * factors[0]
+    divisor = agreeing[0].sign_().mul_(shares[0])
+    for tensor, factor, share in zip(agreeing[1:], factors[1:], shares[1:], strict=True):
+        merged.add_(tensor, alpha=factor)
+        divisor.add_(tensor.sign_(), alpha=share)
+    return merged.div_(_without_zeros(divisor, shares))
 
 
 def _scaled(kept: Tensor, factor: float, delta: Tensor) -> Tensor:

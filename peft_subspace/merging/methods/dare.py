@@ -10,14 +10,14 @@ from torch import Tensor
 
 from peft_subspace.merging.methods import masks
 from peft_subspace.merging.methods.consensus import add, elect
-from peft_subspace.merging.methods.draws import bernoulli
+from peft_subspace.merging.methods.draws import bernoulli_bits
 from peft_subspace.merging.methods.registry import Inputs, Pass, Semantics
 
 
 def draw(inputs: Inputs, k: int) -> np.ndarray | None:
     """m_k ~ Bernoulli(density_k), independent for each entry; None for density 1."""
     density = inputs.per_model[k]["density"]
-    return None if density >= 1 else bernoulli(inputs, k, density)
+    return None if density >= 1 else bernoulli_bits(inputs, k, density)
 
 
 def passes(options: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]], semantics: Semantics) -> list[Pass]:

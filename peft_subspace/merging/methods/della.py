@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,13 +55,22 @@ def keep_mask(x: Tensor, low: float, high: float, bits: np.ndarray) -> np.ndarra
 
 
 def draw(inputs: Inputs, k: int) -> np.ndarray | None:
-    """m_k for this part; None for density 1."""
+    """m_k for this part, one bit an entry; None for density 1."""
     given = inputs.per_model[k]
     if given["density"] >= 1:
         return None
     if given["density"] <= 0:
-        return np.zeros(inputs.tensors[k].numel(), dtype=bool)
-    return keep_mask(inputs.tensors[k], *span(given, inputs.semantics), random_bits(inputs, k))
+        return np.zeros(-(-inputs.tensors[k].numel() // 8), np.uint8)
+    x, bits = inputs.tensors[k], random_bits(inputs, k)
+    if len(inputs.shape) > 2:  # mergekit ranks along the second axis: slices of the first, turned on their side
+        slices = (-1, inputs.shape[1], math.prod(inputs.shape[2:]))
+        x = x.reshape(slices).transpose(1, 2)
+        bits = np.ascontiguousarray(bits.reshape(slices).swapaxes(1, 2)).reshape(-1)
+        kept = keep_mask(x.reshape(-1, slices[1]), *span(given, inputs.semantics), bits)
+        kept = np.ascontiguousarray(kept.reshape(x.shape).swapaxes(1, 2)).reshape(-1)
+    else:
+        kept = keep_mask(x, *span(given, inputs.semantics), bits)
+    return np.packbits(kept, bitorder="little")
 
 
 def _by_the_paper(inputs: Inputs, k: int) -> Tensor:
@@ -92,12 +102,13 @@ def _dropped(inputs: Inputs) -> tuple[list[Tensor], Sequence[float]]:
 def della_linear(inputs: Inputs) -> Tensor:
     """lambda Sigma_k w_k s_k m_k * tau_k, m_k ~ Bernoulli(p), p growing with the rank of |tau_k| in its row.
 
-    p goes from density - epsilon (smallest) to density + epsilon (largest); rows are vectors along the last axis, a vector
-    is one row. s_k = |tau_k|_1 / |m_k * tau_k|_1 over the tensor. In the paper's semantics p goes over half that span and
-    each entry is divided by its p.
+    p goes from density - epsilon (smallest) to density + epsilon (largest); rows are vectors along the second axis, a vector
+    is one row. s_k = |tau_k|_1 / |m_k * tau_k|_1 over the tensor. In the paper's semantics rows lie along the last axis, p
+    goes over half that span and each entry is divided by its p. PEFT's semantics are the paper's.
     Cost: one sort of each row without indices, about 12 ns for each entry of each model; 2 reads. Masks are held between
     the two, one bit an entry, up to 64 MB in all; above that rows are sorted twice.
-    Source: DELLA-Merging (arXiv:2406.11617), MagPrune; mergekit ranks a tensor of three axes along its second one.
+    Of a tensor with three axes or more, mergekit's semantics need a whole slice of the first axis at a time.
+    Source: DELLA-Merging (arXiv:2406.11617), MagPrune.
     """
     return add(inputs, *_dropped(inputs))
 

@@ -42,8 +42,8 @@ def random_bits(inputs: Inputs, k: int) -> np.ndarray:
     return raw.view("<i4")[start % 2 :][:count]
 
 
-def bernoulli(inputs: Inputs, k: int, chance: float) -> np.ndarray:
-    """`[n]` booleans, true with this chance, to 2^-40: those of model k at the positions of this part.
+def bernoulli_bits(inputs: Inputs, k: int, chance: float) -> np.ndarray:
+    """`[ceil(n / 8)]` uint8 whose bits, the lowest first, are set with this chance, to 2^-40: of model k in this part.
 
     64 entries are drawn at once: bit j of 8 draws is a number u of 8 bits for entry j, and u < p is decided for all of them by
     a few operations on whole words. Where u equals the 8 leading bits of p, 32 bits of a hash of the position decide. If p
@@ -57,27 +57,42 @@ def bernoulli(inputs: Inputs, k: int, chance: float) -> np.ndarray:
     count, start = inputs.tensors[k].numel(), inputs.start
     upper, lower = divmod(round(chance * 2**40), 2**32)
     if upper == 256 or upper == lower == 0:
-        return np.full(count, upper == 256)
+        return np.full(-(-count // 8), 255 if upper else 0, np.uint8)
     skip = start % 64
+    words = -(-(skip + count) // 64)
     spare = 0 if lower else (upper & -upper).bit_length() - 1  # trailing zeros of p: those bits of u do not matter
     planes = 8 - spare
-    words = -(-(skip + count) // 64)
     draws = _raw(inputs, k, start // 64 * planes, words * planes).reshape(words, planes)
-    less, equal = np.zeros(words, "<u8"), ~np.zeros(words, "<u8")
-    for plane in range(planes):  # from the lowest bit up
-        ones = draws[:, plane]
-        if upper >> (plane + spare) & 1:
-            less |= ~ones
-            equal &= ones
-        else:
-            less &= ~ones
-            equal &= ~ones
+    less, equal = _compared(draws, upper >> spare, bool(lower))
+    if not lower and not skip:
+        return less.view(np.uint8)[: -(-count // 8)]
     kept = _unpacked(less)[skip:][:count]
     if lower:
         edge = np.flatnonzero(_unpacked(equal)[skip:][:count])
         key = _stream(inputs.seed, inputs.name, k)[1]
         kept[edge] = _hash(edge.astype(np.uint64) + np.uint64(start), key) < lower
-    return kept
+    return np.packbits(kept, bitorder="little")
+
+
+def bernoulli(inputs: Inputs, k: int, chance: float) -> np.ndarray:
+    """`[n]` booleans: the same as `bernoulli_bits`."""
+    count = inputs.tensors[k].numel()
+    return np.unpackbits(bernoulli_bits(inputs, k, chance), count=count, bitorder="little").view(bool)
+
+
+def _compared(draws: np.ndarray, chance: int, edges: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Bits that say u < p and u == p, `[words]` uint64 each; the second is not made without `edges`."""
+    less, equal = np.zeros(len(draws), "<u8"), ~np.zeros(len(draws), "<u8")
+    for plane in range(draws.shape[1]):  # from the lowest bit up
+        ones = draws[:, plane]
+        below = ~ones
+        if chance >> plane & 1:
+            less |= below
+        else:
+            less &= below
+        if edges:
+            equal &= ones if chance >> plane & 1 else below
+    return less, equal
 
 
 def _unpacked(words: np.ndarray) -> np.ndarray:

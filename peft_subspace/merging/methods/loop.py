@@ -81,8 +81,8 @@ class Job:
 
     @property
     def columns(self) -> int:
-        """Length of a row: the tensor's last axis."""
-        return self.shape[-1] if self.shape else 1
+        """Length of a row."""
+        return self.method.row_length(self.shape, self.semantics)
 
 
 def _steps(kind: Kind, job: Job) -> tuple[int, int]:
@@ -110,7 +110,8 @@ def _inputs(job: Job, kind: Kind, settled: Inputs, part: Part, start: int, lengt
     for tensor, is_delta in zip(part.tensors, are_deltas, strict=True):
         value = tile(tensor)
         if base is not None and wants_delta != is_delta:
-            value = value - base if wants_delta else value + base
+            own = value.dtype != tensor.dtype  # converted: a tensor that nobody else has
+            value = (value.sub_ if own else value.sub)(base) if wants_delta else (value.add_ if own else value.add)(base)
         tensors.append(value)
     statistics = part.statistics
     if statistics is not None and kind != "matrix":

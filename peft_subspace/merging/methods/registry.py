@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -158,6 +159,8 @@ class Method:
         aliases: Other names of it.
         fallback: What is done with tensors that the method is not defined on, in words.
         whole_model: Semantics in which the passes go over all tensors of the model together, before any is merged.
+        second_axis: Semantics in which a kernel of kind "rows" works along the second of three axes or more. Its rows are
+            then whole slices of the first axis, `[slices, rest]`, which `Inputs.shape` tells how to view.
         learned: For a method that merges by a saved adapter, "module:function" that reads what it learned for one tensor
             (`merging.learned` has the rules); empty for a method that merges by numbers of the recipe.
     """
@@ -177,6 +180,7 @@ class Method:
     aliases: tuple[str, ...] = ()
     fallback: str = ""
     whole_model: tuple[Semantics, ...] = ()
+    second_axis: tuple[Semantics, ...] = ()
     learned: str = ""
 
     @property
@@ -197,6 +201,12 @@ class Method:
     def kind_for(self, options: Mapping[str, Any]) -> Kind:
         """What the kernel needs to see at once, under these global options."""
         return self.kind(options) if callable(self.kind) else self.kind
+
+    def row_length(self, shape: Sequence[int], semantics: Semantics) -> int:
+        """Entries of what a kernel of kind "rows" sees as one row."""
+        if semantics in self.second_axis and len(shape) > 2:
+            return math.prod(shape[1:])
+        return shape[-1] if shape else 1
 
     def passes(
         self, options: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]], semantics: Semantics

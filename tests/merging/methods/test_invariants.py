@@ -20,7 +20,8 @@ EXACT += ["breadcrumbs", "breadcrumbs_ties"]
 
 
 def test_every_method_has_a_case() -> None:
-    assert {method for method, _ in CASES} == set(names())
+    elsewhere = {"concrete"}  # merges by the masks of a saved adapter: test_learned_masks.py
+    assert {method for method, _ in CASES} == set(names()) - elsewhere
 
 
 @pytest.fixture

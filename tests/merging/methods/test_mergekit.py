@@ -120,7 +120,7 @@ RANDOM = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 6, 5, 3)], ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize(("method", "options"), RANDOM, ids=str)
 def test_random_with_the_same_masks(
