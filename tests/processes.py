@@ -26,3 +26,11 @@ def run_python(script: str, *arguments: object, timeout: float = 300, **environm
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
+
+
+def run_two(path: str, *arguments: object, timeout: float = 500, **environment: str) -> str:
+    """Run a script of the repository in two processes that torchrun starts; see `run_python`."""
+    starter = "-m torch.distributed.run"
+    return run_python(
+        starter, "--standalone", "--nproc-per-node", 2, REPOSITORY / path, *arguments, timeout=timeout, **environment
+    )

@@ -74,6 +74,11 @@ class Delta(nn.Module):
         """
         return False
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What `state_dict` has, by name, without a call of it: under FSDP2 that would shard the layer in its own forward."""
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in self._non_persistent_buffers_set}
+        return {name: tensor.detach() for name, tensor in {**self._parameters, **buffers}.items() if tensor is not None}
+
     def decided(self) -> dict[str, Any]:
         """Config fields that the weight decided, such as `{"r": 93}`; they are recorded so that loading decides nothing."""
         return {}

@@ -104,6 +104,11 @@ class OwnWeightLayer(SubspaceLayer):
             for owner, name in shadowed:
                 owner.__dict__.pop(name, None)
 
+    def train(self, mode: bool = True) -> OwnWeightLayer:
+        """Set the mode; weights that were composed before are forgotten."""
+        self._effective.clear(getattr(*self._locate(container)) for container in self.geometries)
+        return super().train(mode)
+
     def _is_composed(self, container: str, adapter_name: str) -> bool:
         deltas = getattr(self, container)
         return adapter_name in deltas and not deltas[adapter_name].adds
@@ -157,11 +162,6 @@ class ComposedLayer(OwnWeightLayer):
 
     def _describe(self) -> dict[str, Geometry]:
         return describe_all(self.get_base_layer())
-
-    def train(self, mode: bool = True) -> ComposedLayer:
-        """Set the mode; weights that were composed before are forgotten."""
-        self._effective.clear()
-        return super().train(mode)
 
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         added = [delta for name in names for delta in self.deltas(name).values() if delta.adds]

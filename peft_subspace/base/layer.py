@@ -17,6 +17,7 @@ from ..functional.low_rank import without_autocast
 from .config import SubspaceConfig
 from .delta import Delta
 from .geometry import Geometry, describe, quantization_backend
+from .sharding import refuse_shares
 
 
 class DeltaDict(nn.ModuleDict):
@@ -176,7 +177,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                     f"{self.key}: run the adapter {adapter_name!r} once before it is compiled: it was only loaded."
                 )
             try:
-                self._prepare(container, adapter_name, dict(delta.state_dict()) if tensors is None else tensors)
+                self._prepare(container, adapter_name, delta.tensors() if tensors is None else tensors)
             except ValueError as error:
                 raise ValueError(f"{self.key}.{self.geometries[container][0]}: {error}") from error
 
@@ -278,6 +279,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             )
         merging = [c for c in self.geometries if any(name in getattr(self, c) for name in [*self.merged_adapters, *names])]
         for container in merging:
+            self._refuse_shares(container, names, "merged")
             path, (owner, parameter) = self.geometries[container][0], self._locate(container)
             if self.quantization_backend is None and parameter not in owner._parameters:
                 raise ValueError(
@@ -358,10 +360,19 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def lora_factors(self, adapter_name: str) -> dict[str, tuple[Tensor, Tensor] | None]:
         """container -> exact LoRA factors (A, B) of an adapter, None where there are none."""
         self.complete(adapter_name)
+        for container in self.deltas(adapter_name):
+            self._refuse_shares(container, [adapter_name], "exported")
         return {
             container: delta.lora_factors(partial(self._canonical_weight, container))
             for container, delta in self.deltas(adapter_name).items()
         }
+
+    def _refuse_shares(self, container: str, names: Sequence[str], done: str) -> None:
+        owner, parameter = self._locate(container)
+        adapters = [getattr(self, container)[name] for name in names if name in getattr(self, container)]
+        tensors = [getattr(owner, parameter), *(tensor for delta in adapters for tensor in delta.parameters())]
+        way_out = f"Save the adapter and load it onto the base in one process; it can be {done} there."
+        refuse_shares([t for t in tensors if isinstance(t, Tensor)], f"{self.key}.{self.geometries[container][0]}", way_out)
 
     def _set_weight(self, container: str, weight: Tensor) -> None:
         if self.quantization_backend is not None:
