@@ -89,15 +89,17 @@ class Delta(nn.Module):
         """The input that `forward` gets: in the dtype of the output, with dropout in training."""
         return F.dropout(x.to(out.dtype), self.dropout, self.training)
 
-    def forward(self, x: Tensor, y0: Tensor, out: Tensor) -> Tensor:
-        """Add the update to `out`, in the dtype of `out`.
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`forward(x, y0, out)`: add the update to `out`, in the dtype of `out`. What `takes_over` leaves this to `call`.
+
+        A Delta is always called as a module is: ZeRO-3 gathers and releases a module's parameters around its call.
 
         Args:
-            x: the layer's input, dropout applied; ids for an embedding.
-            y0: the base layer's output.
-            out: `y0` plus the updates of the adapters before this one.
+            *args: x, the layer's input, dropout applied (ids for an embedding); y0, the base layer's output; out, `y0` plus
+                the updates of the adapters before this one.
+            **kwargs: of `call`.
         """
-        raise NotImplementedError
+        return self.call(*args, **kwargs)
 
     def call(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's whole output; only for `takes_over` and `replaces_base`."""

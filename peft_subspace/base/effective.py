@@ -105,9 +105,8 @@ def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tenso
     deltas = [getattr(layer, container)[adapter] for adapter in names]
     where = f"{layer.key}.{layer.geometries[container][0]}"
     way_out = (
-        "FSDP2 makes the weights of a unit whole in its forward: let one unit hold this layer and all that shares its "
-        "coefficients (or granularity='block' without `tie_blocks`). With ZeRO-3 keep the base whole (stage 2, DDP) or take "
-        "LoRA vectors."
+        "FSDP2 makes the tensors of a unit whole in its forward: let one unit hold this layer and all that shares its "
+        "coefficients, or give every block its own (granularity='block' without `tie_blocks`)."
     )
     refuse_shares([weight, *(tensor for delta in deltas for tensor in delta.trained)], where, way_out)
     if weight.is_meta:

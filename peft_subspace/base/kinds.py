@@ -41,7 +41,7 @@ class CalledLayer(SubspaceLayer):
         container, (_, geometry) = next(iter(self.geometries.items()))
         if len(names) > 1 and geometry.kernel and x.ndim == len(geometry.kernel) + 1:  # see `_add`
             return self._taken_over(names, deltas, x[None], *args, **kwargs)[0]
-        out = deltas[0].call(self.base_layer, x, *args, **kwargs)
+        out = deltas[0](self.base_layer, x, *args, **kwargs)
         for name in names[1:]:
             dense = self.dense_update(container, name).to(out.dtype)
             with without_autocast(out):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from peft_subspace.training import Healing
 from tests.methods import Method
 from tests.pico import MODELS, SAMPLES, output
-from tests.pools import pool_of
 
+ZERO_NAMES = ["llama", "bert", "moe"]  # here, because `zero.py` cannot be imported without DeepSpeed
 Batch = dict[str, Tensor]
 Objective = Callable[[nn.Module, slice], Tensor]
 
@@ -24,14 +23,6 @@ def adapted(method: Method, name: str, dtype: torch.dtype = torch.float32, seed:
     torch.manual_seed(seed)
     config = method.make(MODELS[name], **{"init_weights": False, **MODELS[name].targets, **fields})
     return get_peft_model(MODELS[name].model(dtype), config).train()
-
-
-def load(method: Method, name: str, folder: Path) -> PeftModel:
-    """An adapter that another process saved, on a fresh base; a pool of task vectors lies elsewhere in this process."""
-    config = method.config.from_pretrained(folder)
-    if method.composes:
-        config.pool = pool_of(MODELS[name], method.vector_rank)  # type: ignore[attr-defined]
-    return PeftModel.from_pretrained(MODELS[name].model(), folder, config=config)
 
 
 def squares(name: str, dtype: torch.dtype = torch.float32) -> Objective:

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.distributed.ddp import HEALED, NAMES, SAVED
-from tests.distributed.steps import evaluated, load
+from tests.distributed.steps import evaluated
 from tests.flows.test_trainer import adapted, trainer
 from tests.methods import METHODS, Method, each_method
+from tests.pico import MODELS
 from tests.processes import run_two
 
+pytestmark = pytest.mark.xdist_group("ddp")  # one worker, so that the processes are started once
 CHECKPOINT = "checkpoint-6/adapter_model.safetensors"
 
 
@@ -23,7 +26,7 @@ CHECKPOINT = "checkpoint-6/adapter_model.safetensors"
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the report of one run for all tests: to start it costs seconds."""
     folder = tmp_path_factory.mktemp("ddp")
-    run_two("tests/distributed/ddp.py", folder)
+    run_two("tests/distributed/ddp.py", folder, POOLS=str(folder / "pools"))
     return folder, json.loads((folder / "report.json").read_text())
 
 
@@ -53,7 +56,8 @@ def test_a_state_of_two_processes_is_resumed_and_the_adapter_loads_in_one(
     resumed, went_on = report["models"][f"{name}, {SAVED}"]["resumed"]
     assert resumed == went_on
     assert torch.equal(
-        evaluated(load(method, SAVED, folder / name), SAVED), load_file(folder / name / "output.safetensors")["output"]
+        evaluated(PeftModel.from_pretrained(MODELS[SAVED].model(), folder / name), SAVED),
+        load_file(folder / name / "output.safetensors")["output"],
     )
 
 
