@@ -28,7 +28,7 @@ quickstart: setup ## fine-tune MiniLM on TREC with FLoRA and LoRA, push, reload,
 	$(BIN)/python examples/quickstart.py
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2
 
 conformance: setup ## run PEFT's own test-suite against our configs
 	$(BIN)/python tests/conformance/run.py -n 2

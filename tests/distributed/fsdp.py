@@ -155,6 +155,7 @@ def main(folder: Path) -> None:
     assert dist.get_world_size() == 2
     report: dict[str, Any] = {"world": dist.get_world_size(), "models": {}}
     for kind, method in METHODS.items():
+        (folder / kind).mkdir(exist_ok=True)
         for name in NAMES:
             model = adapted(method, name)
             shard(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,15 @@ from tests.distributed.steps import evaluated
 from tests.flows.test_trainer import adapted, trainer
 from tests.methods import METHODS, Method, each_method
 from tests.pico import MODELS
-from tests.processes import run_two
+from tests.processes import report_of_two
 
-pytestmark = pytest.mark.xdist_group("ddp")  # one worker, so that the processes are started once
 CHECKPOINT = "checkpoint-6/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder and the report of one run for all tests: to start it costs seconds."""
-    folder = tmp_path_factory.mktemp("ddp")
-    run_two("tests/distributed/ddp.py", folder, POOLS=str(folder / "pools"))
-    return folder, json.loads((folder / "report.json").read_text())
+    """The folder and the report of one run for all tests."""
+    return report_of_two("ddp", tmp_path_factory)
 
 
 def name_of(method: Method) -> str:

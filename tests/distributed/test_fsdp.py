@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,16 @@ from tests.distributed.steps import evaluated
 from tests.distributed.test_ddp import name_of
 from tests.methods import METHODS, Method, each_method
 from tests.pico import MODELS
-from tests.processes import run_two
+from tests.processes import report_of_two
 
-pytestmark = pytest.mark.xdist_group("fsdp")
 # In bfloat16 the halves of a batch round otherwise than the whole: 2^-8 of a gradient, which Adam turns into part of a step.
 TOLERANCE = {"losses": {"bfloat16": 2e-2}, "difference": {"bfloat16": 4e-2}}
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder and the report of one run for all tests: to start it costs seconds."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    for method in METHODS:
-        (folder / method).mkdir()
-    run_two("tests/distributed/fsdp.py", folder, POOLS=str(folder / "pools"))
-    return folder, json.loads((folder / "report.json").read_text())
+    """The folder and the report of one run for all tests."""
+    return report_of_two("fsdp", tmp_path_factory)
 
 
 def test_two_processes_with_shares_equal_one(ran: tuple[Path, dict[str, Any]]) -> None:

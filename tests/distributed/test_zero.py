@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from tests.distributed.steps import ZERO_NAMES
 from tests.distributed.test_ddp import CHECKPOINT, name_of
 from tests.flows.test_trainer import adapted, trainer
 from tests.methods import METHODS, Method, each_method
-from tests.processes import run_two
+from tests.processes import report_of_two
 
 pytestmark = [
-    pytest.mark.xdist_group("zero"),
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (`make zero` installs it)"
     ),
@@ -27,10 +25,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder and the report of one run for all tests: to start it costs seconds."""
-    folder = tmp_path_factory.mktemp("zero")
-    run_two("tests/distributed/zero.py", folder, DS_ACCELERATOR="cpu")
-    return folder, json.loads((folder / "report.json").read_text())
+    """The folder and the report of one run for all tests."""
+    return report_of_two("zero", tmp_path_factory, DS_ACCELERATOR="cpu")
 
 
 def test_two_processes_with_shares_equal_one(ran: tuple[Path, dict[str, Any]]) -> None:
