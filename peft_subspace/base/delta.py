@@ -43,6 +43,7 @@ class Delta(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.dropout = config.dropout
+        self.awaits_weight = False  # made new on a base whose weights are on the meta device
 
     @classmethod
     def check(cls, geometry: Geometry, config: SubspaceConfig) -> None:
@@ -72,7 +73,7 @@ class Delta(nn.Module):
 
         Asked before every use, and with the tensors of a file (`saved`) before they are loaded.
         """
-        return False
+        return self.awaits_weight and saved is None
 
     def tensors(self) -> dict[str, Tensor]:
         """What `state_dict` has, by name, without a call of it: under FSDP2 that would shard the layer in its own forward."""
@@ -82,6 +83,10 @@ class Delta(nn.Module):
     def decided(self) -> dict[str, Any]:
         """Config fields that the weight decided, such as `{"r": 93}`; they are recorded so that loading decides nothing."""
         return {}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.awaits_weight = False
+        super()._load_from_state_dict(*args)
 
     # The update --------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..functional.low_rank import without_autocast
 from .config import SubspaceConfig
 from .delta import Delta
-from .geometry import Geometry, describe, quantization_backend
+from .geometry import Geometry, describe, quantization_backend, read_weight
 from .sharding import refuse_shares
 
 
@@ -148,8 +148,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             getattr(self, container)[adapter_name] = delta
             self._move_adapter_to_device_of_base_layer(adapter_name)
             reads_weight = self.delta_cls.prepare is not Delta.prepare  # else a quantised weight is not even dequantised
-            if reads_weight and is_new and self._weight_device(container).type != "meta":
-                self._prepare(container, adapter_name)
+            if reads_weight and is_new:
+                delta.awaits_weight = self._weight_device(container).type == "meta"
+                if not delta.awaits_weight:
+                    self._prepare(container, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
@@ -185,8 +187,13 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         adapters = getattr(self, container)
         siblings = [delta for name, delta in adapters.items() if name != adapter_name]
         # decompositions are no matter of autocast; and what an inference makes must be good for training later
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(_any_tensor(adapters[adapter_name], self)):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            without_autocast(_any_tensor(adapters[adapter_name], self.get_base_layer())),
+        ):
             adapters[adapter_name].prepare(partial(self._canonical_weight, container), siblings, saved)
+            adapters[adapter_name].awaits_weight = False
 
     def deltas(self, adapter_name: str) -> dict[str, Any]:
         """container -> Delta of one adapter; empty if the adapter does not act on this layer."""
@@ -207,7 +214,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def _weight_device(self, container: str) -> torch.device:
         owner, name = self._locate(container)
         weight = getattr(owner, name, None)
-        return weight.device if isinstance(weight, Tensor) else next(self.get_base_layer().parameters()).device
+        return weight.device if isinstance(weight, Tensor) else _any_tensor(self.get_base_layer()).device
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -344,7 +351,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """dW of one adapter and weight, canonical layout; the definition that everything else is tested against."""
         self.complete(adapter_name)
         delta = getattr(self, container)[adapter_name]
-        with without_autocast(_any_tensor(delta, self)):
+        with without_autocast(_any_tensor(delta, self.get_base_layer())):
             update: Tensor = delta.delta_weight(partial(self._canonical_weight, container))
         return update
 
@@ -393,7 +400,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             return self._originals[container].weight
         if self.quantization_backend is not None:
             self._refuse_packed()
-            return self.get_base_weight()
+            return read_weight(self.get_base_layer(), self.quantization_backend, self.key)
         owner, name = self._locate(container)
         return getattr(owner, name).data
 
@@ -439,9 +446,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
 
 
-def _any_tensor(delta: nn.Module, layer: SubspaceLayer) -> Tensor:
-    """A tensor on the device where a Delta computes: one that shares the tensors of another has none of its own."""
-    return next(tensor for module in (delta, layer.get_base_layer()) for tensor in module.parameters())
+def _any_tensor(*modules: nn.Module) -> Tensor:
+    """A tensor on the device where a layer computes. A Delta that shares another's has none; GPTQ and AWQ have buffers only."""
+    return next(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _pick_rows(values: Any, rows: Tensor, batch: int) -> Any:

@@ -17,7 +17,7 @@ from tests.flows.test_transformers import tokenizer
 from tests.methods import METHODS, Method, each_method
 from tests.pico import MODELS, run, train
 
-# vLLM's `parse_fine_tuned_lora_name` takes a key apart at its dots: the first two parts are these, the last two lora_A|B.weight.
+# vLLM's `parse_fine_tuned_lora_name` takes a key apart at its dots: these two parts first, lora_A or lora_B and weight last.
 KEY = re.compile(r"base_model\.model\.(?P<module>model\.layers\.\d+\.(?:self_attn|mlp)\.\w+)\.lora_(?P<side>[AB])\.weight")
 # What vLLM's `PEFTHelper` and SGLang's `LoRAConfig` require, and values that vLLM's `_validate_features` refuses.
 REQUIRED = {"r", "lora_alpha", "target_modules"}
