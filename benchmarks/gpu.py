@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py
 
-FLoRA, SVFit, PELA, aTLAS, LoRA, DoRA, full fine-tuning and the floors, by step.py's and compiled.py's own code: absolute times by
+FLoRA, SVFit, PELA, aTLAS, LoRA, DoRA, full fine-tuning and the floors, by the code of step.py and compiled.py: times by
 CUDA events, peak memory, ratios within the run. Results: gpu-step-1b-bf16.json and gpu-compiled-1b-bf16.json.
 """
 
