@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py
 
-One block of the llama-like model per point. A step is modelled as t = c0 + c1 F_base + c2 F_adapter (for aTLAS: T w and w, entries
-of T dense vectors and of the weights), fitted by least squares of the relative error on all points but the widest, which are left
-out and predicted. CPU time, minimum of the rounds.
+One block of the llama-like model per point. A step is modelled as t = c0 + c1 F_base + c2 F_adapter (aTLAS: T w and w, entries
+of T dense vectors and of the weights), fitted by least squares of the relative error on all points but the widest, which are
+predicted. CPU time, minimum of the rounds.
 """
 
 from __future__ import annotations
