@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup quickstart test conformance quantised lint types bench clean
+.PHONY: help setup quickstart test conformance quantised zero gpu lint types bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,16 @@ quantised: setup ## the tests on quantised bases, in an environment of their own
 	$(VENV)-quantised/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'bitsandbytes==0.50.2' \
 		'torchao==0.18.0' -c constraints.txt 2>&1 | { grep -v 'is ignored' || true; }
 	$(VENV)-quantised/bin/python -m pytest -q tests/quantised
+
+zero: setup ## the tests with DeepSpeed ZeRO-3 in two CPU processes, in an environment of their own
+	test -d $(VENV)-zero || $(PYTHON) -m venv $(VENV)-zero
+	$(VENV)-zero/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'deepspeed==0.19.8' \
+		-c constraints.txt 2>&1 | { grep -v 'is ignored' || true; }
+	$(VENV)-zero/bin/python -m pytest -q tests/distributed/test_zero.py
+
+gpu: setup ## what needs a GPU: the tests, and figures in benchmarks/results
+	$(BIN)/python -m pytest -q -rs tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 lint: setup ## ruff
 	$(BIN)/ruff check .

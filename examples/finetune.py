@@ -191,9 +191,12 @@ def finetune(arguments: ExampleArguments, training: TrainingArguments) -> tuple[
         metrics["perplexity"] = math.exp(metrics["loss"])
     model.peft_config["default"].metrics = metrics  # for the model card
     trainer.save_state()  # the loss history, for pictures and comparisons
+    if trainer.is_fsdp_enabled:  # checkpoints may be shards; what is loaded elsewhere is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(training.output_dir)  # in every process: FSDP and ZeRO-3 gather the adapter
     if trainer.is_world_process_zero():
-        model.save_pretrained(training.output_dir)
-        print({key: round(value, 4) for key, value in metrics.items()}, "saved to", training.output_dir)
+        found = {key: round(value, 4) for key, value in metrics.items()}
+        print(found, "saved to", training.output_dir, "by processes:", training.world_size)
         if push:
             model.push_to_hub(training.hub_model_id or Path(training.output_dir).name)
     return model, trainer, metrics

@@ -33,6 +33,11 @@ class Method:
     steady: dict[str, Any] = field(default_factory=dict)  # fields with which training draws no random numbers
 
     @property
+    def exports(self) -> bool:
+        """Whether every update of a linear layer is an exact LoRA."""
+        return not self.replaces_base and (not self.composes or self.vector_rank is not None)
+
+    @property
     def replaces_base(self) -> bool:
         """Whether an adapter stands in for the layer, so that there can be one only."""
         return bool(PEFT_TYPE_TO_TUNER_MAPPING[self.config.method].delta_cls.replaces_base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +18,11 @@ from tests.pico import Pico
 
 @functools.cache
 def folder() -> Path:
-    """Where the files are, until the process ends."""
+    """Where the files are, until the process ends; or, with POOLS, a lasting folder for each process of a group."""
+    if "POOLS" in os.environ:
+        kept = Path(os.environ["POOLS"], os.environ.get("RANK", "0"))
+        kept.mkdir(parents=True)
+        return kept
     path = Path(tempfile.mkdtemp(prefix="pools"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path

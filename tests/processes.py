@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -26,3 +31,20 @@ def run_python(script: str, *arguments: object, timeout: float = 300, **environm
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
+
+
+def report_of_two(script: str, factory: pytest.TempPathFactory, **environment: str) -> tuple[Path, dict[str, Any]]:
+    """A folder, and the report that a script of `tests/distributed` wrote there from two processes that torchrun starts.
+
+    To start them costs seconds and both cores, so it is done once for all tests, also if pytest-xdist deals these out to
+    several workers: the others wait.
+    """
+    folder = factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / script
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "report.json").exists():
+            folder.mkdir()
+            path = REPOSITORY / "tests/distributed" / f"{script}.py"
+            starter = ["--standalone", "--nproc-per-node", 2, path, folder]
+            run_python("-m torch.distributed.run", *starter, timeout=500, POOLS=str(folder / "pools"), **environment)
+    return folder, json.loads((folder / "report.json").read_text())

@@ -331,9 +331,9 @@ class SvfitDelta(Delta):
         """
         geometry, z = self.geometry, self.relative()
         dropout = self.dropout if self.training else 0.0
-        bias = bias_of(base_layer) if self.left else getattr(base_layer, "bias", None)
         if geometry.kind == "linear":
             form = self._form(base_layer, x, dropout)
+            bias = getattr(base_layer, "bias", None)
             if form == "factored":
                 counterpart = self._counterpart(geometry.canonical(base_layer.weight), base_layer.weight._version)
                 down, up = (counterpart, self.basis) if self.left else (self.basis, counterpart)
@@ -341,14 +341,16 @@ class SvfitDelta(Delta):
             if form == "built":
                 return built_linear(x, geometry.canonical(base_layer.weight), bias, self.basis, z, self.left)
         if geometry.kind != "conv":
-            if self.left:
-                return scale_rows(base_layer(x, *args, **kwargs), self.basis, z, bias, dropout)
+            if self.left:  # the bias is read after the call, with which ZeRO-3 would release it
+                y0 = base_layer(x, *args, **kwargs)
+                return scale_rows(y0, self.basis, z, bias_of(base_layer), dropout)
             return base_layer(scale_rows(_as_under_autocast(x), self.basis, z, None, dropout), *args, **kwargs)
         if x.ndim == len(geometry.kernel) + 1:  # one sample without a batch axis
             return self.call(base_layer, x[None], *args, **kwargs)[0]
         stack = (self.basis, z) if self.stack else (self.basis[None], z[None])
         if self.left:
-            return scale_channels(base_layer(x, *args, **kwargs), *stack, bias, dropout)
+            y0 = base_layer(x, *args, **kwargs)
+            return scale_channels(y0, *stack, bias_of(base_layer), dropout)
         return base_layer(scale_channels(_as_under_autocast(x), *stack, None, dropout), *args, **kwargs)
 
     def _form(self, base_layer: Any, x: Tensor, dropout: float) -> Form:

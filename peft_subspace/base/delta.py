@@ -43,6 +43,7 @@ class Delta(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.dropout = config.dropout
+        self.awaits_weight = False  # made new on a base whose weights are on the meta device
 
     @classmethod
     def check(cls, geometry: Geometry, config: SubspaceConfig) -> None:
@@ -72,11 +73,20 @@ class Delta(nn.Module):
 
         Asked before every use, and with the tensors of a file (`saved`) before they are loaded.
         """
-        return False
+        return self.awaits_weight and saved is None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `state_dict` has, by name, without a call of it: under FSDP2 that would shard the layer in its own forward."""
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in self._non_persistent_buffers_set}
+        return {name: tensor.detach() for name, tensor in {**self._parameters, **buffers}.items() if tensor is not None}
 
     def decided(self) -> dict[str, Any]:
         """Config fields that the weight decided, such as `{"r": 93}`; they are recorded so that loading decides nothing."""
         return {}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.awaits_weight = False
+        super()._load_from_state_dict(*args)
 
     # The update --------------------------------------------------------------------------------------------------------
 
@@ -84,15 +94,17 @@ class Delta(nn.Module):
         """The input that `forward` gets: in the dtype of the output, with dropout in training."""
         return F.dropout(x.to(out.dtype), self.dropout, self.training)
 
-    def forward(self, x: Tensor, y0: Tensor, out: Tensor) -> Tensor:
-        """Add the update to `out`, in the dtype of `out`.
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`forward(x, y0, out)`: add the update to `out`, in the dtype of `out`. What `takes_over` leaves this to `call`.
+
+        A Delta is always called as a module is: ZeRO-3 gathers and releases a module's parameters around its call.
 
         Args:
-            x: the layer's input, dropout applied; ids for an embedding.
-            y0: the base layer's output.
-            out: `y0` plus the updates of the adapters before this one.
+            *args: x, the layer's input, dropout applied (ids for an embedding); y0, the base layer's output; out, `y0` plus
+                the updates of the adapters before this one.
+            **kwargs: of `call`.
         """
-        raise NotImplementedError
+        return self.call(*args, **kwargs)
 
     def call(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's whole output; only for `takes_over` and `replaces_base`."""

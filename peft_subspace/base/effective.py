@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..functional import composition
 from ..functional.low_rank import without_autocast
+from .sharding import is_share, refuse_shares
 
 if TYPE_CHECKING:
     from .layer import SubspaceLayer
@@ -34,11 +34,13 @@ class EffectiveWeights:
     device or dtype, the version of a tensor, its address, or (for up to 65,536 values) the values themselves, because a write
     through `.data` leaves the version as it is. A frozen tensor on an accelerator is not compared: that would make the host
     wait for the device in every layer. A write through `.data` into the base's own weight is seen at the next `train()` or
-    `eval()`.
+    `eval()`. Of a base that FSDP2 has sharded nothing is kept once `train()` or `eval()` was called: a copy of every whole
+    weight on every device is what sharding is there to avoid.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
+        self._keeps = True
 
     def get(self, layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tensor:
         """The effective weight of one container, in the module's layout and the base's dtype.
@@ -54,6 +56,8 @@ class EffectiveWeights:
             pulls = [(delta.pull_back(), [tensor.requires_grad for tensor in delta.trained]) for delta in deltas]
             weight = compose(layer, container, names)
             return composition.composed(weight, lambda grad: _pulled(grad, pulls), trained)
+        if not self._keeps:
+            return compose(layer, container, names)
         tensors = [getattr(owner, name), *(tensor for delta in deltas for tensor in delta.trained)]
         made_of = (tuple(names), *((tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.device) for tensor in tensors))
         kept = self._kept.get(container)
@@ -63,9 +67,10 @@ class EffectiveWeights:
             kept = self._kept[container] = _Kept(compose(layer, container, names), made_of, values)
         return kept.weight
 
-    def clear(self) -> None:
-        """Forget what is kept."""
+    def clear(self, weights: Iterable[Tensor] = ()) -> None:
+        """Forget what is kept. `weights` are the base's between two calls: of shares nothing is kept from now on."""
         self._kept.clear()
+        self._keeps = not any(is_share(weight) for weight in weights)
 
     def __deepcopy__(self, memo: Any) -> EffectiveWeights:
         return EffectiveWeights()  # a copy has other tensors, and composes for itself
@@ -97,17 +102,22 @@ def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tenso
     """W_0 + sum of dW of these adapters: summed in float32 (or the base's wider dtype), rounded once, without a graph."""
     owner, name = layer._locate(container)
     weight = getattr(owner, name)
-    sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_shape")
-    if weight.is_meta or sharded:
-        where = "sharded over several processes (FSDP, ZeRO-3)" if sharded else "not in memory (offloaded, or on meta)"
+    deltas = [getattr(layer, container)[adapter] for adapter in names]
+    where = f"{layer.key}.{layer.geometries[container][0]}"
+    way_out = (
+        "FSDP2 makes the tensors of a unit whole in its forward: let one unit hold this layer and all that shares its "
+        "coefficients, or give every block its own (granularity='block' without `tie_blocks`)."
+    )
+    refuse_shares([weight, *(tensor for delta in deltas for tensor in delta.trained)], where, way_out)
+    if weight.is_meta:
         raise ValueError(
-            f"{layer.key}.{layer.geometries[container][0]} is {where}, and its effective weight is composed of whole tensors. "
-            f"Keep the base whole on every device (DDP), or merge the adapter before the model is sharded or offloaded."
+            f"{where} is not in memory (offloaded, or on meta), and its effective weight is composed of whole tensors. Keep "
+            f"the base on the device, or merge the adapter before the model is offloaded."
         )
     # what an inference makes must be good for training later
     with torch.inference_mode(False), torch.no_grad(), without_autocast(weight):
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
-        for adapter in names:
-            getattr(layer, container)[adapter].accumulate(total)
+        for delta in deltas:
+            delta.accumulate(total)
         return total.to(weight.dtype)

@@ -269,3 +269,19 @@ def quantization_backend(module: nn.Module, **kwargs: Any) -> Any:
     if type(module) in _CALLED and type(getattr(module, "weight", None)) is nn.Parameter:
         return None  # the usual case, without asking for eight libraries
     return resolve_quantization_backend(module, **kwargs)
+
+
+def read_weight(module: nn.Module, backend: Any, where: str) -> Tensor:
+    """The float weight of a quantised layer, in the module's layout; `where` is the layer's name.
+
+    Raises:
+        ValueError: PEFT can call this kind of layer and cannot dequantise it (GPTQ, AWQ, AQLM, EETQ, ...).
+    """
+    try:
+        weight: Tensor = backend.get_base_weight(module)
+    except TypeError as error:
+        raise ValueError(
+            f"{where}: a {backend.backend_name} layer can be called, but PEFT cannot dequantise it, and its weight is needed "
+            f"here. Load the base unquantised, or with bitsandbytes or torchao; a method that reads no weight needs none."
+        ) from error
+    return weight

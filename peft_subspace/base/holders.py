@@ -47,11 +47,6 @@ class Holder(OwnWeightLayer):
     def _take_away(self, module: nn.Module, args: Any, out: Any) -> None:
         module.__dict__.pop(self.parameter_name, None)
 
-    def train(self, mode: bool = True) -> Holder:
-        """Set the mode; weights that were composed before are forgotten."""
-        self._effective.clear()
-        return super().train(mode)
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """It is not called."""
         raise RuntimeError(f"{self.parameter_name} is a parameter and cannot be called.")

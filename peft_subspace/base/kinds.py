@@ -41,7 +41,7 @@ class CalledLayer(SubspaceLayer):
         container, (_, geometry) = next(iter(self.geometries.items()))
         if len(names) > 1 and geometry.kernel and x.ndim == len(geometry.kernel) + 1:  # see `_add`
             return self._taken_over(names, deltas, x[None], *args, **kwargs)[0]
-        out = deltas[0].call(self.base_layer, x, *args, **kwargs)
+        out = deltas[0](self.base_layer, x, *args, **kwargs)
         for name in names[1:]:
             dense = self.dense_update(container, name).to(out.dtype)
             with without_autocast(out):
@@ -104,6 +104,11 @@ class OwnWeightLayer(SubspaceLayer):
             for owner, name in shadowed:
                 owner.__dict__.pop(name, None)
 
+    def train(self, mode: bool = True) -> OwnWeightLayer:
+        """Set the mode; weights that were composed before are forgotten."""
+        self._effective.clear(getattr(*self._locate(container)) for container in self.geometries)
+        return super().train(mode)
+
     def _is_composed(self, container: str, adapter_name: str) -> bool:
         deltas = getattr(self, container)
         return adapter_name in deltas and not deltas[adapter_name].adds
@@ -157,11 +162,6 @@ class ComposedLayer(OwnWeightLayer):
 
     def _describe(self) -> dict[str, Geometry]:
         return describe_all(self.get_base_layer())
-
-    def train(self, mode: bool = True) -> ComposedLayer:
-        """Set the mode; weights that were composed before are forgotten."""
-        self._effective.clear()
-        return super().train(mode)
 
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         added = [delta for name in names for delta in self.deltas(name).values() if delta.adds]

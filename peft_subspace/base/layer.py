@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..functional.low_rank import without_autocast
 from .config import SubspaceConfig
 from .delta import Delta
-from .geometry import Geometry, describe, quantization_backend
+from .geometry import Geometry, describe, quantization_backend, read_weight
+from .sharding import refuse_shares
 
 
 class DeltaDict(nn.ModuleDict):
@@ -147,8 +148,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             getattr(self, container)[adapter_name] = delta
             self._move_adapter_to_device_of_base_layer(adapter_name)
             reads_weight = self.delta_cls.prepare is not Delta.prepare  # else a quantised weight is not even dequantised
-            if reads_weight and is_new and self._weight_device(container).type != "meta":
-                self._prepare(container, adapter_name)
+            if reads_weight and is_new:
+                delta.awaits_weight = self._weight_device(container).type == "meta"
+                if not delta.awaits_weight:
+                    self._prepare(container, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
@@ -176,7 +179,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                     f"{self.key}: run the adapter {adapter_name!r} once before it is compiled: it was only loaded."
                 )
             try:
-                self._prepare(container, adapter_name, dict(delta.state_dict()) if tensors is None else tensors)
+                self._prepare(container, adapter_name, delta.tensors() if tensors is None else tensors)
             except ValueError as error:
                 raise ValueError(f"{self.key}.{self.geometries[container][0]}: {error}") from error
 
@@ -184,8 +187,13 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         adapters = getattr(self, container)
         siblings = [delta for name, delta in adapters.items() if name != adapter_name]
         # decompositions are no matter of autocast; and what an inference makes must be good for training later
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(_any_tensor(adapters[adapter_name], self)):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            without_autocast(_any_tensor(adapters[adapter_name], self.get_base_layer())),
+        ):
             adapters[adapter_name].prepare(partial(self._canonical_weight, container), siblings, saved)
+            adapters[adapter_name].awaits_weight = False
 
     def deltas(self, adapter_name: str) -> dict[str, Any]:
         """container -> Delta of one adapter; empty if the adapter does not act on this layer."""
@@ -206,7 +214,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def _weight_device(self, container: str) -> torch.device:
         owner, name = self._locate(container)
         weight = getattr(owner, name, None)
-        return weight.device if isinstance(weight, Tensor) else next(self.get_base_layer().parameters()).device
+        return weight.device if isinstance(weight, Tensor) else _any_tensor(self.get_base_layer()).device
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -278,6 +286,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             )
         merging = [c for c in self.geometries if any(name in getattr(self, c) for name in [*self.merged_adapters, *names])]
         for container in merging:
+            self._refuse_shares(container, names, "merged")
             path, (owner, parameter) = self.geometries[container][0], self._locate(container)
             if self.quantization_backend is None and parameter not in owner._parameters:
                 raise ValueError(
@@ -342,7 +351,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """dW of one adapter and weight, canonical layout; the definition that everything else is tested against."""
         self.complete(adapter_name)
         delta = getattr(self, container)[adapter_name]
-        with without_autocast(_any_tensor(delta, self)):
+        with without_autocast(_any_tensor(delta, self.get_base_layer())):
             update: Tensor = delta.delta_weight(partial(self._canonical_weight, container))
         return update
 
@@ -358,10 +367,19 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def lora_factors(self, adapter_name: str) -> dict[str, tuple[Tensor, Tensor] | None]:
         """container -> exact LoRA factors (A, B) of an adapter, None where there are none."""
         self.complete(adapter_name)
+        for container in self.deltas(adapter_name):
+            self._refuse_shares(container, [adapter_name], "exported")
         return {
             container: delta.lora_factors(partial(self._canonical_weight, container))
             for container, delta in self.deltas(adapter_name).items()
         }
+
+    def _refuse_shares(self, container: str, names: Sequence[str], done: str) -> None:
+        owner, parameter = self._locate(container)
+        adapters = [getattr(self, container)[name] for name in names if name in getattr(self, container)]
+        tensors = [getattr(owner, parameter), *(tensor for delta in adapters for tensor in delta.parameters())]
+        way_out = f"Save the adapter and load it onto the base in one process; it can be {done} there."
+        refuse_shares([t for t in tensors if isinstance(t, Tensor)], f"{self.key}.{self.geometries[container][0]}", way_out)
 
     def _set_weight(self, container: str, weight: Tensor) -> None:
         if self.quantization_backend is not None:
@@ -382,7 +400,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             return self._originals[container].weight
         if self.quantization_backend is not None:
             self._refuse_packed()
-            return self.get_base_weight()
+            return read_weight(self.get_base_layer(), self.quantization_backend, self.key)
         owner, name = self._locate(container)
         return getattr(owner, name).data
 
@@ -428,9 +446,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
 
 
-def _any_tensor(delta: nn.Module, layer: SubspaceLayer) -> Tensor:
-    """A tensor on the device where a Delta computes: one that shares the tensors of another has none of its own."""
-    return next(tensor for module in (delta, layer.get_base_layer()) for tensor in module.parameters())
+def _any_tensor(*modules: nn.Module) -> Tensor:
+    """A tensor on the device where a layer computes. A Delta that shares another's has none; GPTQ and AWQ have buffers only."""
+    return next(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _pick_rows(values: Any, rows: Tensor, batch: int) -> Any:

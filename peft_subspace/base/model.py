@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .batch_norm import BatchNormLayer, wrap_batch_norms
 from .delta import Delta
-from .geometry import Geometry, quantization_backend
+from .geometry import Geometry, quantization_backend, read_weight
 from .holders import Holder, find_holder, has_children
 from .kinds import ParamWrapper, make_layer
 from .layer import SubspaceLayer
@@ -232,7 +232,7 @@ class SubspaceModel(BaseTuner):
         while hasattr(module, "base_layer"):
             module = module.base_layer
         backend = quantization_backend(module, **get_quantization_kwargs(model))
-        return module.get_parameter(weight).data if backend is None else backend.get_base_weight(module)
+        return module.get_parameter(weight).data if backend is None else read_weight(module, backend, name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

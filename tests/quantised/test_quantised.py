@@ -37,16 +37,19 @@ def load(folder, kind):
         config = BitsAndBytesConfig(**(four if kind == "bnb4" else dict(load_in_8bit=True)))
     else:
         pytest.importorskip("torchao", reason="torchao is not installed (`make quantised` installs it)")
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
         from transformers import TorchAoConfig
 
-        config = TorchAoConfig(Int8WeightOnlyConfig())
+        # `Int4WeightOnlyConfig` has no packing for CPUs in torchao 0.18
+        four = dict(weight_dtype=torch.int4, granularity=PerGroup(32))
+        config = TorchAoConfig(IntxWeightOnlyConfig(**four) if kind == "torchao4" else Int8WeightOnlyConfig())
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32, device_map="cpu")
 
 
-KINDS = ["bnb4", "bnb8", "torchao"]
+KINDS = ["bnb4", "bnb8", "torchao", "torchao4"]
 # What requantising a merged weight costs, as a share of the largest logit: about the quantiser's own error.
-LOSS = {"bnb4": 0.25, "bnb8": 0.05, "torchao": 0.05}
+# int4 is symmetric and even, a step of 1/7 of the largest of 32 values, where nf4 has the quantiles of a normal distribution.
+LOSS = {"bnb4": 0.25, "bnb8": 0.05, "torchao": 0.05, "torchao4": 0.5}
 
 
 def lora_pool(count=6):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from peft_subspace.training import (
 )
 from tests.flows.test_trainer import arguments_for, examples
 from tests.pico import MODELS, run, train
-from tests.processes import REPOSITORY, run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:PELA leaves .* layers dense")
 
@@ -417,17 +415,3 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path: Path, name: str) -> N
         states.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
-
-
-def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
-    """Without labels: DDP waits for a gradient of every trained parameter, also of a head that no loss asks for."""
-    run_python(
-        "-m torch.distributed.run", "--standalone", "--nproc-per-node", 2, REPOSITORY / "tests/training/ddp.py", tmp_path
-    )
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["world"] == 2
-    for name, found in report["models"].items():
-        assert found["losses"] == pytest.approx(found["expected"], rel=1e-5), name
-        assert found["losses"][-1] < found["losses"][0], name
-        assert found["difference"] < 1e-4, name
-        assert found["spread"] == 0, name

@@ -1,0 +1,56 @@
+"""ZeRO-3 trains as one process does. `make zero` runs it: DeepSpeed has an environment of its own and compiles at first."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.steps import ZERO_NAMES
+from tests.distributed.test_ddp import CHECKPOINT, name_of
+from tests.flows.test_trainer import adapted, trainer
+from tests.methods import METHODS, Method, each_method
+from tests.processes import report_of_two
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (`make zero` installs it)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder and the report of one run for all tests."""
+    return report_of_two("zero", tmp_path_factory, DS_ACCELERATOR="cpu")
+
+
+def test_two_processes_with_shares_equal_one(ran: tuple[Path, dict[str, Any]]) -> None:
+    report = ran[1]
+    assert report["world"] == 2
+    assert set(report["models"]) == {f"{method}, {name}" for method in METHODS for name in ZERO_NAMES}
+    for name, found in report["models"].items():
+        assert found["cut"], f"{name}: parameters are whole, so nothing is tested"
+        assert found["losses"] == pytest.approx(found["expected"], rel=1e-5), name
+        assert found["losses"][-1] < found["losses"][0], name
+
+
+@each_method
+def test_the_trainer_with_zero_3(method: Method, ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """As with one process on the same global batch; a run that was resumed ends where the whole one does."""
+    folder, report = ran
+    name = name_of(method)
+    one = trainer("llama", tmp_path, adapted("llama", method, dropout=0.0), save_steps=6, max_grad_norm=0.0)
+    one.train()
+    expected = [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+    assert report["trainer"][name] == pytest.approx(expected, abs=1e-4)  # what the Trainer logs is rounded to four digits
+    files = [folder / name / run / CHECKPOINT for run in ("whole", "resumed")]
+    whole, resumed, alone = (load_file(path) for path in [*files, tmp_path / CHECKPOINT])
+    assert whole.keys() == resumed.keys() == alone.keys()
+    for key, tensor in whole.items():
+        assert torch.equal(resumed[key], tensor), key
+        torch.testing.assert_close(tensor, alone[key], rtol=1e-3, atol=1e-4)
