@@ -46,8 +46,8 @@ from peft_subspace.training.objectives import addition_loss
 
 TASKS = {"text": ("trec", "sms-spam", "newsgroups", "spam-assassin"), "image": ("digits", "mnist", "fashion-mnist")}
 ASSET = {"text": "minilm", "image": "vit-small"}
-BATCH = {"text": 4, "image": 16}
-LAMBDA, GRID, STEPS, MASK_RATE, COEFFICIENT_RATE = 0.3, (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5), 60, 0.03, 0.02
+BATCH = {"text": 4, "image": 8}
+LAMBDA, GRID, STEPS, MASK_RATE, COEFFICIENT_RATE = 0.3, (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5), 40, 0.003, 0.005
 
 
 @dataclass

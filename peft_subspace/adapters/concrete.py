@@ -281,7 +281,7 @@ class ConcreteDelta(Delta):
             self.vectors = [_folded(found, list(self.folded), self.shape, self.config)] if self.folded else list(found)
 
     def _masked(self, mask: Mask) -> Masked:
-        numbers = torch.ones(1) if self.owner.folded else self.values().detach().clone()
+        numbers = None if self.owner.folded else self.values().detach().clone()
         return Masked(mask, self._loaded(), numbers, self.groups, self.config.rescale)
 
     def _loaded(self) -> list[Vector | None]:
@@ -297,7 +297,7 @@ class ConcreteDelta(Delta):
         if vector is None:
             return None
         total = torch.zeros(self.shape)
-        Masked(self.eval_mask(), [vector], torch.ones(1), self.groups, self.config.rescale).accumulate(total)
+        Masked(self.eval_mask(), [vector], None, self.groups, self.config.rescale).accumulate(total)
         return total
 
     # The update --------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ class ConcreteDelta(Delta):
             return m
         m = m.to(torch.promote_types(logits.dtype, torch.float32))
         # the kernel's own values, with the gradient that they have: dm/dx times what goes into x
-        slope = mask.slope(m.clone())
+        slope = mask.slope(m)
         x = logits.reshape(-1).to(m.dtype)
         return m + slope * (x - x.detach())
 

@@ -31,9 +31,8 @@ from .composition import Vector
 from .groups import Groups
 from .noise import odds
 
-CHUNK = 2**16  # values at a time: five buffers of them fit into a core's cache
+CHUNK = 2**17  # values at a time: a few buffers of them fit into a core's caches, and calls cost little beside them
 TINY = 2.0**-24
-LIMIT = 80.0  # exp(80) is finite in float32; sigmoid(-80) is not told from 0
 
 Kind = Literal["sample", "mean", "hard"]
 
@@ -70,7 +69,7 @@ class Mask:
             value = odds(self.stream, start, stop, device).to(logits.device, logits.dtype)
         else:
             value = torch.rand_like(logits).clamp_(TINY, 1 - TINY).reciprocal_().sub_(1)
-        value.mul_(torch.exp(-logits.clamp(-LIMIT, LIMIT)))
+        value.mul_(torch.sigmoid(logits).reciprocal_().sub_(1))  # exp(-x), and cheaper
         power = 1 / self.temperature
         if power == 2:
             value.mul_(value)
@@ -84,11 +83,11 @@ class Mask:
         return torch.cat([self.part(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)])
 
     def slope(self, m: Tensor) -> Tensor:
-        """dm/dx, of the values m; they are overwritten."""
+        """dm/dx, of the values m."""
         if self.kind == "hard":
-            return m.zero_()
-        m.sub_(m.square())  # m - m^2
-        return m.div_(self.temperature) if self.kind == "sample" else m
+            return torch.zeros_like(m)
+        slope = torch.addcmul(m, m, m, value=-1)  # m - m^2
+        return slope.div_(self.temperature) if self.kind == "sample" else slope
 
 
 @dataclass(frozen=True)
@@ -98,23 +97,26 @@ class Masked:
     Args:
         mask: m.
         vectors: tau, None for zero.
-        coefficients: lambda `[T]`, float64 or float32.
+        coefficients: lambda `[T]`, float64 or float32; None for a single vector that has it multiplied in.
         groups: pi, where the mask has fewer logits than the tensor has entries.
         rescale: divide by the mean of the mask.
     """
 
     mask: Mask
     vectors: Sequence[Vector | None]
-    coefficients: Tensor
+    coefficients: Tensor | None = None
     groups: Groups | None = None
     rescale: bool = True
 
-    def _delta(self, start: int, stop: int, like: Tensor, numbers: Sequence[Any]) -> Tensor:
-        """delta [start, stop), a tensor of its own."""
-        parts = [
-            (n, vector.part(start, stop, like)) for n, vector in zip(numbers, self.vectors, strict=True) if vector is not None
-        ]
-        return weighted_sum([number for number, _ in parts], [part for _, part in parts], like)
+    def _delta(self, start: int, stop: int, like: Tensor, numbers: Sequence[Any] | None) -> Tensor:
+        """delta [start, stop), not to be written to; without numbers the one vector itself."""
+        found = [v.part(start, stop, like) for v in self.vectors if v is not None]
+        if numbers is None:
+            return found[0] if found else torch.zeros_like(like)
+        return weighted_sum([n for n, v in zip(numbers, self.vectors, strict=True) if v is not None], found, like)
+
+    def _numbers(self, like: Tensor) -> list[Tensor] | None:
+        return None if self.coefficients is None else list(self.coefficients.to(like.device, like.dtype))
 
     @torch.no_grad()
     def accumulate(self, total: Tensor) -> None:
@@ -125,17 +127,18 @@ class Masked:
 
         Cost: about 20 elementwise operations an entry and one pass over each tau; memory for one more weight while it runs.
         """
-        flat = total.view(-1)
+        flat, numbers = total.view(-1), self._numbers(total)
         masked = torch.empty_like(flat)
-        numbers = list(self.coefficients.to(flat.device, flat.dtype))
         per_group = None if self.groups is None else self.mask.values().to(flat.dtype)
         found = flat.new_zeros((), dtype=torch.float64)
         for start, stop in _cuts(flat.numel()):
             part = masked[start:stop]
             m = self._entries(start, stop, per_group, flat)
-            found += m.sum(dtype=torch.float64)
+            found += m.sum()
             torch.mul(m, self._delta(start, stop, part, numbers), out=part)
-        flat.add_(masked.mul_(self._scale(found / flat.numel()).to(flat.dtype)))
+        scale = self._scale(found / flat.numel()).to(flat.dtype)
+        for start, stop in _cuts(flat.numel()):
+            flat[start:stop].add_(masked[start:stop].mul_(scale))
 
     def _entries(self, start: int, stop: int, per_group: Tensor | None, like: Tensor) -> Tensor:
         if per_group is None or self.groups is None:
@@ -158,40 +161,52 @@ class Masked:
         the result.
         """
         flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
-        size, wide = flat.numel(), torch.promote_types(grad.dtype, torch.float32)
+        wide = torch.promote_types(grad.dtype, torch.float32)
         like = flat.new_empty(0, dtype=wide)
-        numbers = list(self.coefficients.to(flat.device, wide))
-        values = None if self.groups is None else self.mask.values().to(wide)
+        numbers, is_whole = self._numbers(like), self.groups is None
+        values = None if is_whole else self.mask.values().to(wide)
         count = self.mask.logits.numel()
-        m_all = flat.new_empty(count, dtype=wide) if values is None else values.clone()  # becomes the gradient
-        pulled = flat.new_empty(count, dtype=wide) if values is None else flat.new_zeros(count, dtype=wide)  # G delta
+        # of each logit: sum of G delta over its entries times dm/dx, and dm/dx itself, which the gradient of the mean takes
+        pulled = (
+            like
+            if not logits
+            else flat.new_zeros(count, dtype=wide)
+            if values is not None
+            else flat.new_empty(count, dtype=wide)
+        )
+        slopes = flat.new_empty(count, dtype=wide) if is_whole and logits else like
         sums = flat.new_zeros(2, dtype=torch.float64)  # of m, of G m delta
-        products = flat.new_zeros(len(numbers), dtype=torch.float64)
-        for start, stop in _cuts(size):
-            g = flat[start:stop].to(wide)
-            m = self._entries(start, stop, values, like)
-            sums[0] += m.sum(dtype=torch.float64)
+        products = flat.new_zeros(len(self.vectors), dtype=torch.float64)
+        for start, stop in _cuts(flat.numel()):
+            g, m = flat[start:stop].to(wide), self._entries(start, stop, values, like)
+            sums[0] += m.sum()
             if coefficients:
                 masked = g * m
                 for t, vector in enumerate(self.vectors):
                     if vector is not None:
                         products[t] += torch.dot(masked, vector.part(start, stop, masked))
             if logits:
-                g = self._delta(start, stop, g, numbers).mul_(g)
+                g = g * self._delta(start, stop, g, numbers)
                 sums[1] += torch.dot(g, m)
-                if values is None or self.groups is None:
-                    pulled[start:stop], m_all[start:stop] = g, m
+                if self.groups is None:
+                    slopes[start:stop] = slope = self.mask.slope(m)
+                    torch.mul(g, slope, out=pulled[start:stop])
                 else:
                     pulled.index_add_(0, self.groups.part(start, stop, g.device), g)
-        scale = self._scale(sums[0] / size)
-        found = self._logit_gradient(m_all, pulled, sums[1], scale, size) if logits else None
+        scale = self._scale(sums[0] / flat.numel())
+        if logits and values is not None:
+            slopes = self.mask.slope(values)
+            pulled.mul_(slopes)
+        found = self._with_mean(pulled, slopes, sums[1], scale) if logits else None
         return found, (products * scale) if coefficients else None
 
-    def _logit_gradient(self, m: Tensor, pulled: Tensor, s: Tensor, scale: Tensor, size: int) -> Tensor:
-        """(G delta / mu - s / (n mu^2)) dm/dx; a group stands for n / groups entries."""
+    def _with_mean(self, pulled: Tensor, slopes: Tensor, s: Tensor, scale: Tensor) -> Tensor:
+        """(G delta / mu - s / (n mu^2)) dm/dx, in place of G delta dm/dx; a group stands for n / groups entries."""
         if self.rescale:
-            pulled.mul_(scale.to(pulled.dtype)).sub_((s * scale.square() / m.numel()).to(pulled.dtype))
-        return self.mask.slope(m).mul_(pulled)
+            factor, shift = scale.to(pulled.dtype), (-s * scale.square() / slopes.numel()).to(pulled.dtype)
+            for start, stop in _cuts(slopes.numel()):
+                pulled[start:stop].mul_(factor).addcmul_(slopes[start:stop], shift)
+        return pulled
 
 
 def _cuts(size: int) -> list[tuple[int, int]]:
@@ -207,7 +222,7 @@ def mean_scale(mask: Mask) -> Tensor:
     """1 / mean(m), float64, of a mask that may lie in a file; a pass over it, with the roundings of `Masked`."""
     size, found = mask.logits.numel(), torch.zeros((), dtype=torch.float64)
     for start, stop in _cuts(size):
-        found += mask.part(start, stop).sum(dtype=torch.float64)
+        found += mask.part(start, stop).sum()
     return _inverse(found / size)
 
 

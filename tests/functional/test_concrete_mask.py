@@ -30,7 +30,7 @@ def rows() -> Groups:
     return groups_from({"count": 6, "axis": 0, "length": 1, "swapped": 0}, SHAPE)
 
 
-@pytest.fixture(params=[2**16, 8], ids=["one chunk", "chunks of 8"])
+@pytest.fixture(params=[2**17, 8], ids=["one chunk", "chunks of 8"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(concrete_mask, "CHUNK", request.param)
 
@@ -40,7 +40,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_noise_belongs_to_positions() -> None:
     whole = odds((0, "w", 1), 0, 1001, CPU)
-    for start, stop in ((0, 1), (10, 11), (500, 1001), (2, 999)):
+    for start, stop in ((0, 1), (12, 13), (500, 1001), (4, 999)):
         assert torch.equal(odds((0, "w", 1), start, stop, CPU), whole[start:stop])
     for stream in ((1, "w", 1), (0, "v", 1), (0, "w", 2)):
         assert not torch.equal(odds(stream, 0, 1001, CPU), whole)
@@ -49,7 +49,7 @@ def test_noise_belongs_to_positions() -> None:
 def test_noise_is_the_same_everywhere() -> None:
     """Stored: numpy keeps the stream of PCG64DXSM, and the key is a SHA-256."""
     u = 1 / (1 + odds((0, "layer.weight", 3), 0, 4, CPU).double())
-    stored = [0.6197390000, 0.2991320522, 0.7756400832, 0.5717007512]
+    stored = [0.2114791902, 0.6197433493, 0.9150619427, 0.2991256735]
     torch.testing.assert_close(u, torch.tensor(stored, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
