@@ -51,7 +51,8 @@ def report(options: argparse.Namespace, results: dict[str, Any], methods: Sequen
         axis.barh([row["name"] for row in rows], [row["mean"] for row in rows], color="#4878a8")
         for at, row in enumerate(rows):
             axis.plot(row["by_seed"], [at] * len(row["by_seed"]), "k.", markersize=4)
-        axis.set(title=f"{kind}: accuracy / single-task accuracy", xlim=(rows[0]["mean"] - 0.05, 1.02))
+        points = [score for row in rows for score in row["by_seed"]]
+        axis.set(title=f"{kind}: accuracy / single-task accuracy", xlim=(min(points) - 0.05, max(1.0, *points) + 0.02))
     figure.savefig(options.output / "merge-tasks.png", dpi=110)
 
 
