@@ -74,7 +74,7 @@ METHODS = {
     "CONCRETE": Method(ConcreteConfig, {}, {"coefficients": 0.1, "granularity": "row"}, **MASKED),
     "CONCRETE, directions of vectors of low rank": Method(
         ConcreteConfig,
-        {"granularity": "rank", "save_mask": "float32"},
+        {"granularity": "rank", "save_mask": "bfloat16"},
         {"granularity": "element", "learn_coefficients": "layer"},
         vector_rank=2,
         **MASKED,

@@ -25,6 +25,7 @@ from ..functional.bits import pack_bits, unpack_bits
 from ..functional.composition import Dense, LowRank, Vector
 from ..functional.concrete_mask import Mask, Masked, add_weighted, masked_sum
 from ..functional.groups import groups_from
+from ..functional.noise import fingerprint
 from ..registration import register
 from ..task_vectors.pool import DTYPES
 from .blocks import OpenedPool
@@ -32,7 +33,7 @@ from .pooled import PooledConfig, PooledModel, save_task_vector_file
 
 GRANULARITIES = ("element", "row", "column", "rank")
 EVAL_MASKS = ("mean", "sample", "hard")
-SAVED_MASKS = ("bfloat16", "float32", "hard")
+SAVED_MASKS = ("float32", "bfloat16", "hard")
 
 
 @dataclass
@@ -53,8 +54,9 @@ class ConcreteConfig(PooledConfig):
         eval_mask: outside of training: "mean" (sigmoid of the logits), "sample" (one drawn with `seed`), "hard" (1 where the
             logit is not negative).
         seed: of all samples.
-        save_mask: what the file has: logits in "bfloat16" or "float32", or the "hard" mask with one bit for each logit. With
-            "bfloat16" the rounded logits count in evaluation too, so that a loaded adapter gives the same bits.
+        save_mask: what the file has: logits in "float32", with which a run can go on from a checkpoint to the same bits; in
+            "bfloat16", where the rounded logits count in evaluation too, so that a loaded adapter gives the same bits; or the
+            "hard" mask with one bit for each logit. Change it before the last save, to publish a smaller file.
         pool, base, exclude_pool, block_types, vector_dtype, placement, max_vector_bytes, strict, provenance: of `PooledConfig`.
     """
 
@@ -74,7 +76,7 @@ class ConcreteConfig(PooledConfig):
     train_mask: bool = field(default=True, metadata={"help": "Train the logits."})
     eval_mask: Literal["mean", "sample", "hard"] = field(default="mean", metadata={"help": "The mask outside of training."})
     seed: int = field(default=0, metadata={"help": "Of all samples."})
-    save_mask: Literal["bfloat16", "float32", "hard"] = field(default="bfloat16", metadata={"help": "What the file has."})
+    save_mask: Literal["float32", "bfloat16", "hard"] = field(default="float32", metadata={"help": "What the file has."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,8 +137,6 @@ class ConcreteDelta(Delta):
         self.spec = groups_of(geometry, config.granularity)
         self.groups = None if self.spec is None else groups_from(self.spec, self.shape)
         self.parameter_name: str = config.block  # `block` is the name of a tied tensor that the pool knows
-        self.draw = 0  # number of the sample
-        self._drawn_for: int | None = None
         self.learns_mask: bool = config.train_mask and not config.has_bits
         leader = self if opened is None else opened.leaders.setdefault(("mask", self.block), self)
         if leader is not self:
@@ -236,17 +236,17 @@ class ConcreteDelta(Delta):
         return flat.to(torch.bfloat16) if self.config.save_mask == "bfloat16" else flat
 
     def current_mask(self) -> Mask:
-        """The mask of this moment: in training a sample, the same until an optimizer has changed the logits."""
+        """The mask of this moment: in training a sample, which belongs to the seed, the parameter and the logits as they are.
+
+        So all batches of a step see one mask, all processes the same, and a run that goes on draws what it would have drawn.
+        """
         owner = self.owner
         if not (self.training and owner.learns_mask):
             return self.eval_mask()
         if torch.compiler.is_compiling():  # a number of the sample in the graph would make a graph of each
             return Mask(owner.logits.detach().reshape(-1), "sample", self.config.temperature)
-        if owner._drawn_for is not None and owner._drawn_for != owner.logits._version:
-            owner.draw += 1
-        owner._drawn_for = owner.logits._version
-        stream = (self.config.seed, owner.block, owner.draw)
-        return Mask(owner.logits.detach().reshape(-1), "sample", self.config.temperature, stream)
+        flat = owner.logits.detach().reshape(-1)
+        return Mask(flat, "sample", self.config.temperature, (self.config.seed, owner.block), salt=fingerprint(flat))
 
     def eval_mask(self) -> Mask:
         """The mask outside of training."""
@@ -485,16 +485,6 @@ class ConcreteModel(PooledModel):
         layers = [layer for _, layer in self.named_subspace_layers()]
         found = [delta for layer in layers for delta in layer.deltas(adapter_name).values()]
         return [delta for delta in found if delta.owner is delta]
-
-    def redraw(self, number: int, adapter_name: str = "default") -> None:
-        """Take sample `number` of the mask for training, until the next optimizer step.
-
-        Without this call the number counts the steps of the optimizer since the adapter was made; a run that goes on from a
-        checkpoint sets it, to draw what the whole run would have drawn.
-        """
-        for delta in self._deltas(adapter_name):
-            delta.draw, delta._drawn_for = number, None
-        self._forget_weights()
 
     def sample_mask(self, mode: bool, adapter_name: str = "default") -> None:
         """Sample the mask as in training, or not, whatever mode the rest of the model (its dropout) is in."""

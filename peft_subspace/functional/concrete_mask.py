@@ -47,6 +47,7 @@ class Mask:
         temperature: T of a sample.
         stream: of a sample, what its noise belongs to; see `noise.odds`. Empty: torch's own generator, new each time.
         portable: make the noise on the CPU, so that it is the same on every device.
+        salt: of a sample, a number that its noise belongs to besides, on the device of the logits.
     """
 
     logits: Tensor = field(repr=False)
@@ -54,6 +55,7 @@ class Mask:
     temperature: float = 0.5
     stream: tuple[Any, ...] = ()
     portable: bool = False
+    salt: Tensor | None = field(default=None, repr=False)
 
     def part(self, start: int, stop: int) -> Tensor:
         """m of the logits [start, stop), float32 or their wider dtype, a tensor of its own."""
@@ -66,7 +68,7 @@ class Mask:
         # (1-u)/u * exp(-x) to the power 1/T, plus 1, inverted: the sigmoid without a logarithm of the noise
         if self.stream:
             device = torch.device("cpu") if self.portable else logits.device
-            value = odds(self.stream, start, stop, device).to(logits.device, logits.dtype)
+            value = odds(self.stream, start, stop, device, self.salt).to(logits.device, logits.dtype)
         else:
             value = torch.rand_like(logits).clamp_(TINY, 1 - TINY).reciprocal_().sub_(1)
         value.mul_(torch.sigmoid(logits).reciprocal_().sub_(1))  # exp(-x), and cheaper
@@ -134,9 +136,9 @@ class Masked:
         for start, stop in _cuts(flat.numel()):
             part = masked[start:stop]
             m = self._entries(start, stop, per_group, flat)
-            found += m.sum()
+            found += m.sum() if per_group is None else 0
             torch.mul(m, self._delta(start, stop, part, numbers), out=part)
-        scale = self._scale(found / flat.numel()).to(flat.dtype)
+        scale = self._scale(found / flat.numel() if per_group is None else _mean(per_group)).to(flat.dtype)
         for start, stop in _cuts(flat.numel()):
             flat[start:stop].add_(masked[start:stop].mul_(scale))
 
@@ -179,7 +181,7 @@ class Masked:
         products = flat.new_zeros(len(self.vectors), dtype=torch.float64)
         for start, stop in _cuts(flat.numel()):
             g, m = flat[start:stop].to(wide), self._entries(start, stop, values, like)
-            sums[0] += m.sum()
+            sums[0] += m.sum() if values is None else 0
             if coefficients:
                 masked = g * m
                 for t, vector in enumerate(self.vectors):
@@ -193,7 +195,7 @@ class Masked:
                     torch.mul(g, slope, out=pulled[start:stop])
                 else:
                     pulled.index_add_(0, self.groups.part(start, stop, g.device), g)
-        scale = self._scale(sums[0] / flat.numel())
+        scale = self._scale(sums[0] / flat.numel() if values is None else _mean(values))
         if logits and values is not None:
             slopes = self.mask.slope(values)
             pulled.mul_(slopes)
@@ -224,6 +226,14 @@ def mean_scale(mask: Mask) -> Tensor:
     for start, stop in _cuts(size):
         found += mask.part(start, stop).sum()
     return _inverse(found / size)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Of m of all groups, which have as many entries each; with the roundings of `mean_scale`."""
+    found = values.new_zeros((), dtype=torch.float64)
+    for start, stop in _cuts(values.numel()):
+        found += values[start:stop].sum()
+    return found / values.numel()
 
 
 def weighted_sum(numbers: Sequence[Any], parts: Sequence[Tensor], like: Tensor) -> Tensor:

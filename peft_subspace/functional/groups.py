@@ -107,12 +107,13 @@ def partition(parts: int, seed: int, name: str, start: int, stop: int, device: t
     found = torch.empty(stop - start, dtype=torch.uint8, device=device)
     for first in range(start, stop, CHUNK):
         position = torch.arange(first, min(first + CHUNK, stop), device=device)
-        mixed = _mix(_mix((position & 0xFFFFFFFF) ^ keys[0]) ^ (position >> 32) ^ keys[1])
+        mixed = mix(mix((position & 0xFFFFFFFF) ^ keys[0]) ^ (position >> 32) ^ keys[1])
         found[first - start : first - start + CHUNK] = (mixed * parts) >> 32
     return found
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 on int64 tensors of values below 2^32."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = _multiply(x ^ (x >> shift), factor)
     return x ^ (x >> 16)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .groups import mix
+
 _LOCAL = threading.local()  # one generator a thread, set to a state for each part: making one costs as much as 10,000 numbers
 
 
@@ -24,30 +26,45 @@ def _state(*parts: Any) -> Any:
     return np.random.PCG64DXSM(int.from_bytes(_key(*parts)[:16], "little")).state
 
 
-def odds(stream: tuple[Any, ...], start: int, stop: int, device: torch.device) -> Tensor:
+def fingerprint(values: Tensor) -> Tensor:
+    """The sum of the bit patterns of a contiguous tensor, int64, no dimension: another one after any step of an optimizer."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.view(kind).sum(dtype=torch.int64)
+
+
+def odds(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, salt: Tensor | None = None) -> Tensor:
     """(1 - u) / u for u uniform in (0, 1), float32 `[stop - start]`: exp of minus a logistic variable.
 
     Args:
-        stream: what the numbers belong to, such as (seed, name of the parameter, number of the draw).
+        stream: what the numbers belong to, such as (seed, name of the parameter).
         start: first position, a multiple of 4.
         stop: behind the last one.
         device: on which they are made.
+        salt: a number on the device that they belong to besides, without the host's having to know it.
 
     u is (k + 1/2) / 2^16 for a uniform k of 16 bits: never 0 or 1, and fine enough for a mask, whose logistic variable reaches
     from -11.8 to 11.8. On a CPU k comes from numpy's PCG64DXSM, whose output numpy promises to keep, advanced to the position:
-    the same on every machine and for every cut. On an accelerator torch's generator of the device is seeded for the part, so
-    there the cut matters, and the numbers are others.
+    the same on every machine and for every cut. On an accelerator k is a hash of the position (see `groups.partition`), also
+    the same for every cut; its numbers are others.
 
-    Cost: 1 ns a number on one core, half of it the generator.
+    Cost: 1 ns a number on one core, half of it the generator; about 30 integer operations on an accelerator.
     """
     if device.type == "cpu":
+        parts = stream if salt is None else (*stream, int(salt))
         if not hasattr(_LOCAL, "generator"):
             _LOCAL.generator = np.random.PCG64DXSM(0)
-        _LOCAL.generator.state = _state(*stream)
+        _LOCAL.generator.state = _state(*parts)
         _LOCAL.generator.advance(start // 4)
         bits = _LOCAL.generator.random_raw((stop - start + 3) // 4).astype("<u8", copy=False).view("<u2")[: stop - start]
         found = torch.from_numpy(bits.astype(np.float32))
     else:
-        generator = torch.Generator(device).manual_seed(int.from_bytes(_key(*stream, start)[:8], "little") >> 1)
-        found = torch.randint(2**16, (stop - start,), generator=generator, device=device, dtype=torch.int32).float()
+        found = hashed_bits(stream, start, stop, device, salt).float()
     return found.add_(0.5).reciprocal_().mul_(2.0**16).sub_(1.0)
+
+
+def hashed_bits(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, salt: Tensor | None = None) -> Tensor:
+    """Uniform numbers of 16 bits, int64 `[stop - start]`, by integer operations on the position alone."""
+    keys = [int.from_bytes(_key(*stream)[i : i + 4], "little") for i in (0, 4)]
+    position = torch.arange(start, stop, device=device)
+    inner = mix((position & 0xFFFFFFFF) ^ keys[0]) ^ (position >> 32) ^ keys[1]
+    return mix(inner if salt is None else mix(inner ^ (salt & 0xFFFFFFFF)) ^ (salt >> 32 & 0xFFFFFFFF)) >> 16

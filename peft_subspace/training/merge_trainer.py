@@ -236,7 +236,6 @@ class MergeTrainer:
 
     def _mask_step(self, optimizer: Any, inner: Any) -> Any:
         base = self.model.base_model
-        base.redraw(self._step, self.adapter_name)
         base.sample_mask(True, self.adapter_name)
         try:
             if inner is not None:

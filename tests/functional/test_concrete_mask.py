@@ -14,7 +14,7 @@ from peft_subspace.functional.bits import pack_bits, unpack_bits
 from peft_subspace.functional.composition import Dense, LowRank, combination
 from peft_subspace.functional.concrete_mask import Mask, Masked, concrete_sample, masked_sum
 from peft_subspace.functional.groups import Groups, groups_from
-from peft_subspace.functional.noise import odds
+from peft_subspace.functional.noise import fingerprint, hashed_bits, odds
 
 SHAPE = (6, 10)
 CPU = torch.device("cpu")
@@ -53,11 +53,32 @@ def test_noise_is_the_same_everywhere() -> None:
     torch.testing.assert_close(u, torch.tensor(stored, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
-def test_noise_is_uniform() -> None:
-    u = (1 / (1 + odds((0, "w", 1), 0, 100_000, CPU))).sort().values
+@pytest.mark.parametrize("salt", [None, torch.tensor(-5)])
+@pytest.mark.parametrize("of_accelerators", [False, True])
+def test_noise_is_uniform(of_accelerators: bool, salt: Any) -> None:
+    if of_accelerators:
+        u = ((hashed_bits((0, "w", 1), 0, 100_000, CPU, salt) + 0.5) / 2**16).sort().values
+    else:
+        u = (1 / (1 + odds((0, "w", 1), 0, 100_000, CPU, salt))).sort().values
     distance = (u - torch.linspace(0, 1, 100_000)).abs().max()
     assert distance < 1.63 / math.sqrt(100_000), "Kolmogorov and Smirnov's test at 1 %"
     assert bool((u > 0).all() and (u < 1).all())
+
+
+def test_hashed_noise_belongs_to_positions_and_salts() -> None:
+    """What accelerators compute, whose hosts do not wait for the salt."""
+    whole = hashed_bits((0, "w"), 0, 1001, CPU, torch.tensor(7))
+    assert torch.equal(hashed_bits((0, "w"), 10, 400, CPU, torch.tensor(7)), whole[10:400])
+    others = [hashed_bits((0, "w"), 0, 1001, CPU, salt) for salt in (None, torch.tensor(8), torch.tensor(7 + 2**33))]
+    assert all(not torch.equal(other, whole) for other in others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_fingerprint_is_another_one_after_the_smallest_change(dtype: torch.dtype) -> None:
+    values = torch.randn(1000, dtype=dtype)
+    before = int(fingerprint(values))
+    values[3] = torch.nextafter(values[3].float(), torch.tensor(9.0)).to(dtype) if dtype != torch.bfloat16 else values[3] * 1.01
+    assert int(fingerprint(values)) != before
 
 
 # The mask ----------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def learn_dense(folder: Path, name: str, dtype: torch.dtype = torch.float32, **f
 
 FIELDS: dict[str, dict[str, Any]] = {
     "mean": {},
-    "float32": {"save_mask": "float32"},
+    "bfloat16": {"save_mask": "bfloat16"},
     "sample": {"eval_mask": "sample", "seed": 4, "temperature": 0.7},
     "hard": {"eval_mask": "hard"},
     "packed": {"eval_mask": "hard", "save_mask": "hard"},
