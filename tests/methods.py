@@ -56,7 +56,7 @@ MASKED: dict[str, Any] = {
     "starts_at_base": False,
     "sums": False,
     "saturates": True,
-    "steady": {"train_mask": False, "learn_coefficients": "layer"},
+    "steady": {"stochastic": False, "learn_coefficients": "layer"},
 }
 
 METHODS = {
@@ -74,7 +74,7 @@ METHODS = {
     "CONCRETE": Method(ConcreteConfig, {}, {"coefficients": 0.1, "granularity": "row"}, **MASKED),
     "CONCRETE, directions of vectors of low rank": Method(
         ConcreteConfig,
-        {"granularity": "rank", "save_mask": "bfloat16"},
+        {"granularity": "rank"},
         {"granularity": "element", "learn_coefficients": "layer"},
         vector_rank=2,
         **MASKED,

@@ -50,6 +50,7 @@ class ConcreteConfig(PooledConfig):
         learn_coefficients: None keeps lambda; "task" trains one for each vector, "layer" one for each vector and parameter.
         clamp_coefficients: keep trained lambdas in [0, 1]: one outside counts as the nearest end and gets no gradient.
         rescale: divide the mask by its mean over each tensor.
+        stochastic: train on samples of the mask; False trains the evaluation mask itself, without noise.
         train_mask: train the logits; False keeps them, and takes the evaluation mask in training too.
         eval_mask: outside of training: "mean" (sigmoid of the logits), "sample" (one drawn with `seed`), "hard" (1 where the
             logit is not negative).
@@ -73,6 +74,7 @@ class ConcreteConfig(PooledConfig):
     learn_coefficients: Literal["task", "layer"] | None = field(default=None, metadata={"help": "Which lambdas are trained."})
     clamp_coefficients: bool = field(default=True, metadata={"help": "Keep trained lambdas in [0, 1]."})
     rescale: bool = field(default=True, metadata={"help": "Divide the mask by its mean over each tensor."})
+    stochastic: bool = field(default=True, metadata={"help": "Train on samples of the mask."})
     train_mask: bool = field(default=True, metadata={"help": "Train the logits."})
     eval_mask: Literal["mean", "sample", "hard"] = field(default="mean", metadata={"help": "The mask outside of training."})
     seed: int = field(default=0, metadata={"help": "Of all samples."})
@@ -241,7 +243,7 @@ class ConcreteDelta(Delta):
         So all batches of a step see one mask, all processes the same, and a run that goes on draws what it would have drawn.
         """
         owner = self.owner
-        if not (self.training and owner.learns_mask):
+        if not (self.training and owner.learns_mask and self.config.stochastic):
             return self.eval_mask()
         if torch.compiler.is_compiling():  # a number of the sample in the graph would make a graph of each
             return Mask(owner.logits.detach().reshape(-1), "sample", self.config.temperature)

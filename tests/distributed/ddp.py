@@ -67,7 +67,7 @@ def compare(accelerator: Accelerator, model: Any, objective: Objective, folder: 
 def train_by_trainer(method: Method, folder: Path) -> list[float]:
     """Six steps of two rows on each process, with a checkpoint in the middle, from which a second run goes on."""
     for run, resume in (("whole", None), ("resumed", str(folder / "whole" / "checkpoint-3"))):
-        model = test_trainer.adapted("llama", method, dropout=0.0)
+        model = test_trainer.adapted("llama", method, dropout=0.0, **method.steady)
         trainer = test_trainer.trainer("llama", folder / run, model, per_device_train_batch_size=2, save_steps=3)
         assert trainer.args.world_size == 2
         trainer.train(resume_from_checkpoint=resume)

@@ -21,7 +21,7 @@ Objective = Callable[[nn.Module, slice], Tensor]
 def adapted(method: Method, name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> PeftModel:
     """A random adapter on a pico model, in train mode; the same values in every process with the same seed."""
     torch.manual_seed(seed)
-    config = method.make(MODELS[name], **{"init_weights": False, **MODELS[name].targets, **fields})
+    config = method.make(MODELS[name], **{"init_weights": False, **MODELS[name].targets, **method.steady, **fields})
     return get_peft_model(MODELS[name].model(dtype), config).train()
 
 

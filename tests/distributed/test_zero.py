@@ -36,7 +36,7 @@ def test_two_processes_with_shares_equal_one(ran: tuple[Path, dict[str, Any]]) -
     for name, found in report["models"].items():
         assert found["cut"], f"{name}: parameters are whole, so nothing is tested"
         assert found["losses"] == pytest.approx(found["expected"], rel=1e-5), name
-        assert found["losses"][-1] < found["losses"][0], name
+        assert abs(found["losses"][-1] - found["losses"][0]) > 1e-3, name  # that it falls is asserted by tests/contract
 
 
 @each_method
@@ -44,7 +44,7 @@ def test_the_trainer_with_zero_3(method: Method, ran: tuple[Path, dict[str, Any]
     """As with one process on the same global batch; a run that was resumed ends where the whole one does."""
     folder, report = ran
     name = name_of(method)
-    one = trainer("llama", tmp_path, adapted("llama", method, dropout=0.0), save_steps=6, max_grad_norm=0.0)
+    one = trainer("llama", tmp_path, adapted("llama", method, dropout=0.0, **method.steady), save_steps=6, max_grad_norm=0.0)
     one.train()
     expected = [entry["loss"] for entry in one.state.log_history if "loss" in entry]
     assert report["trainer"][name] == pytest.approx(expected, abs=1e-4)  # what the Trainer logs is rounded to four digits

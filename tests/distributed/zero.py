@@ -56,7 +56,7 @@ def compare(method: Method, name: str) -> dict[str, Any]:
 def train_by_trainer(method: Method, folder: Path) -> list[float]:
     """Six steps of two rows on each process, with a checkpoint in the middle, from which a second run goes on."""
     for run, resume in (("whole", None), ("resumed", str(folder / "whole" / "checkpoint-3"))):
-        model = test_trainer.adapted("llama", method, dropout=0.0)
+        model = test_trainer.adapted("llama", method, dropout=0.0, **method.steady)
         options: dict[str, Any] = {"deepspeed": copy.deepcopy(CONFIG), "max_grad_norm": 0.0, "save_steps": 3}
         trainer = test_trainer.trainer("llama", folder / run, model, per_device_train_batch_size=2, **options)
         assert trainer.args.world_size == 2
