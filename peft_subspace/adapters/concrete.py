@@ -57,7 +57,7 @@ class ConcreteConfig(PooledConfig):
         seed: of all samples.
         save_mask: what the file has: logits in "float32", with which a run can go on from a checkpoint to the same bits; in
             "bfloat16", where the rounded logits count in evaluation too, so that a loaded adapter gives the same bits; or the
-            "hard" mask with one bit for each logit. Change it before the last save, to publish a smaller file.
+            "hard" mask with one bit for each logit. `save_mask_as` changes it before the last save.
         pool, base, exclude_pool, block_types, vector_dtype, placement, max_vector_bytes, strict, provenance: of `PooledConfig`.
     """
 
@@ -504,6 +504,25 @@ class ConcreteModel(PooledModel):
                 logits = delta._parameters.pop("logits")
                 assert logits is not None
                 delta.register_buffer("logits", logits.detach())
+        self._forget_weights()
+
+    def save_mask_as(self, kind: str, adapter_name: str = "default") -> None:
+        """Change what the file will have, for a smaller one; the model evaluates by what is left, so that a loaded one agrees.
+
+        Args:
+            kind: "float32", "bfloat16" or "hard", as `save_mask` of the config; "hard" sets `eval_mask="hard"` too.
+            adapter_name: the adapter.
+        """
+        config = self.peft_config[adapter_name]
+        if config.has_bits:
+            raise ValueError(
+                f"The adapter {adapter_name!r} came from a file with a hard mask and has no logits to save as {kind!r}."
+            )
+        layers = [layer for _, layer in self.named_subspace_layers()]
+        deltas = [delta for layer in layers for delta in layer.deltas(adapter_name).values()]
+        for each in (config, *(delta.config for delta in deltas)):
+            each.save_mask, each.eval_mask = kind, "hard" if kind == "hard" else each.eval_mask
+            each.check_choice("save_mask", SAVED_MASKS)
         self._forget_weights()
 
     def _forget_weights(self) -> None:

@@ -274,6 +274,20 @@ def test_a_file_holds_what_was_asked_for_and_gives_the_same_bits(
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "hard"])
+def test_a_smaller_file_is_chosen_at_the_end(kind: str, tmp_path: Path) -> None:
+    model, batch = adapt("llama")
+    train(model, batch)
+    before = run(model, batch)
+    model.base_model.save_mask_as(kind)
+    expected = run(model, batch)
+    assert not torch.equal(before, expected), "the model evaluates by what the file will have"
+    model.save_pretrained(str(tmp_path))
+    assert torch.equal(run(PeftModel.from_pretrained(MODELS["llama"].model(), str(tmp_path)), batch), expected)
+    with pytest.raises(ValueError, match="save_mask='bits' is not known"):
+        model.base_model.save_mask_as("bits")
+
+
 def test_a_new_process_gives_the_same_bits(tmp_path: Path) -> None:
     model, batch = adapt("llama", eval_mask="sample")
     train(model, batch)
@@ -297,6 +311,8 @@ def test_a_packed_mask_is_not_trained_further(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(MODELS["mlp"].model(), str(tmp_path), is_trainable=True)
     assert not [name for name, p in loaded.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="has no logits to save as 'float32'"):
+        loaded.base_model.save_mask_as("float32")  # type: ignore[union-attr, operator]
     probabilities = loaded.base_model.mask_probabilities()  # type: ignore[union-attr, operator]
     assert all(set(value.unique().tolist()) <= {0.0, 1.0} for value in probabilities.values())
 
