@@ -46,7 +46,7 @@ class Mask:
         kind: "sample", "mean" or "hard".
         temperature: T of a sample.
         stream: of a sample, what its noise belongs to; see `noise.odds`. Empty: torch's own generator, new each time.
-        portable: make the noise on the CPU, so that it is the same on every device.
+        portable: noise of the CPU and float64 in between, so that the values are the same on every device and for every cut.
         salt: of a sample, a number that its noise belongs to besides, on the device of the logits.
     """
 
@@ -60,11 +60,13 @@ class Mask:
     def part(self, start: int, stop: int) -> Tensor:
         """m of the logits [start, stop), float32 or their wider dtype, a tensor of its own."""
         logits = self.logits[start:stop]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         if self.kind == "hard":
-            return (logits >= 0).to(logits.dtype)
+            return (logits >= 0).to(dtype)
+        # an exp in float32 differs in its last bit between machines, and between the middle and the end of a loop
+        logits = logits.to(torch.float64 if self.portable and logits.device.type != "mps" else dtype)  # which has none
         if self.kind == "mean":
-            return torch.sigmoid(logits)
+            return torch.sigmoid(logits).to(dtype)
         # (1-u)/u * exp(-x) to the power 1/T, plus 1, inverted: the sigmoid without a logarithm of the noise
         if self.stream:
             device = torch.device("cpu") if self.portable else logits.device
@@ -77,7 +79,11 @@ class Mask:
             value.mul_(value)
         elif power != 1:
             value.pow_(power)
-        return value.add_(1).reciprocal_()
+        return value.add_(1).reciprocal_().to(dtype)
+
+    def sum(self, m: Tensor) -> Tensor:
+        """The sum of values of this mask."""
+        return m.sum(dtype=torch.float64) if self.portable else m.sum()
 
     def values(self) -> Tensor:
         """m of all logits."""
@@ -136,7 +142,7 @@ class Masked:
         for start, stop in _cuts(flat.numel()):
             part = masked[start:stop]
             m = self._entries(start, stop, per_group, flat)
-            found += m.sum() if per_group is None else 0
+            found += self.mask.sum(m) if per_group is None else 0
             torch.mul(m, self._delta(start, stop, part, numbers), out=part)
         scale = self._scale(found / flat.numel() if per_group is None else _mean(per_group)).to(flat.dtype)
         for start, stop in _cuts(flat.numel()):
@@ -181,7 +187,7 @@ class Masked:
         products = flat.new_zeros(len(self.vectors), dtype=torch.float64)
         for start, stop in _cuts(flat.numel()):
             g, m = flat[start:stop].to(wide), self._entries(start, stop, values, like)
-            sums[0] += m.sum() if values is None else 0
+            sums[0] += self.mask.sum(m) if values is None else 0
             if coefficients:
                 masked = g * m
                 for t, vector in enumerate(self.vectors):
@@ -224,7 +230,7 @@ def mean_scale(mask: Mask) -> Tensor:
     """1 / mean(m), float64, of a mask that may lie in a file; a pass over it, with the roundings of `Masked`."""
     size, found = mask.logits.numel(), torch.zeros((), dtype=torch.float64)
     for start, stop in _cuts(size):
-        found += mask.part(start, stop).sum()
+        found += mask.sum(mask.part(start, stop))
     return _inverse(found / size)
 
 
@@ -232,7 +238,7 @@ def _mean(values: Tensor) -> Tensor:
     """Of m of all groups, which have as many entries each; with the roundings of `mean_scale`."""
     found = values.new_zeros((), dtype=torch.float64)
     for start, stop in _cuts(values.numel()):
-        found += values[start:stop].sum()
+        found += values[start:stop].sum(dtype=torch.float64)
     return found / values.numel()
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_subspace.functional.concrete_mask import Mask, mean_scale
 from peft_subspace.merging.methods.atlas import Coefficients
+from peft_subspace.merging.methods.concrete import ReplayedMask
 from peft_subspace.merging.methods.memory import merge_tensors
 from peft_subspace.merging.methods.registry import get
 
@@ -39,6 +41,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("knots", {"density": 0.5}),
     ("knots", {"inner": "task_arithmetic"}),
     ("atlas", {"lambda": 0.7}),
+    ("concrete", {"lambda": 0.7}),
     ("regmean", {}),
     ("fisher", {}),
 ]
@@ -67,12 +70,18 @@ def statistics(method: str, count: int, shape: tuple[int, ...]) -> list[Tensor] 
     return [torch.rand(shape) + 0.1 for _ in range(count)] if get(method).statistics else None
 
 
-def learned(method: str, count: int) -> Any:
-    """What a learned method merges by."""
-    return Coefficients(torch.linspace(1.0, -0.5, count)) if get(method).learned else None
+def learned(method: str, count: int, size: int) -> Any:
+    """What a learned method merges by, on a tensor of so many entries."""
+    if not get(method).learned:
+        return None
+    numbers = torch.linspace(1.0, -0.5, count)
+    if method == "atlas":
+        return Coefficients(numbers)
+    mask = Mask(torch.linspace(-2, 2, size), "sample", 0.5, (0, "w"), portable=True)
+    return ReplayedMask(mask, None, None, mean_scale(mask), numbers)
 
 
 def merge(method: str, options: dict[str, Any], base: Tensor, tensors: list[Tensor], *rest: Any, **settings: Any) -> Tensor:
     origin = None if get(method).base == "ignored" else base
-    settings.setdefault("learned", learned(method, len(tensors)))
+    settings.setdefault("learned", learned(method, len(tensors), base.numel()))
     return merge_tensors(method, origin, tensors, *(rest or (None,)), options, **settings)
