@@ -150,7 +150,7 @@ def count_parameters(path: str, config: SubspaceConfig) -> int:
     was changed.
     """
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[config.method]]
-    still = {*STATISTICS, *tuner.delta_cls.frozen}
+    still = {*STATISTICS, *tuner.delta_cls.frozen_in(config)}
     return sum(
         math.prod(shape)
         for key, shape in check_adapter_file(path).items()

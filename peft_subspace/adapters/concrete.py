@@ -88,6 +88,8 @@ class ConcreteConfig(PooledConfig):
         self.check_choice("learn_coefficients", (None, "task", "layer"))
         if not (_is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature!r} must be a positive number; the paper has 0.5.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r}: an integer is expected.")
         if not _is_number(self.init):
             raise ValueError(f"init={self.init!r}: a finite number is expected.")
         starts = self.coefficients.values() if isinstance(self.coefficients, dict) else [self.coefficients]
@@ -188,6 +190,12 @@ class ConcreteDelta(Delta):
             )
 
     @classmethod
+    def frozen_in(cls, config: Any) -> tuple[str, ...]:
+        """The packed mask, and what the config does not train."""
+        mask = () if config.train_mask else ("logits",)
+        return ("mask", *mask, *(() if config.learn_coefficients else ("coefficients",)))
+
+    @classmethod
     def applies(cls, config: Any) -> bool:
         return config.opened is None or config.block in config.opened.blocks
 
@@ -274,8 +282,8 @@ class ConcreteDelta(Delta):
         folds = fixed and not self.by_rank
         self.folded = tuple(numbers.tolist()) if folds else None
         for other in (sibling.owner for sibling in siblings):
-            alike = other.names == self.names and other.folded == self.folded and other.vectors is not None
-            if alike and _kept(other.config) == _kept(self.config):
+            alike = other.folded == self.folded and other.by_rank == self.by_rank and other.vectors is not None
+            if alike and _same_vectors(self, other) and _kept(other.config) == _kept(self.config):
                 self.vectors = other.vectors
                 return
         if self.pool is not None:
@@ -334,7 +342,7 @@ class ConcreteDelta(Delta):
         found, products = masked.pull_back(grad, logits.requires_grad and has_slope, numbers.requires_grad)
         if products is not None:
             inside = (numbers == self.values()).to(products.device)
-            products = (products * inside).to(numbers.dtype)
+            products = (products * inside).to(numbers)
         return [None if found is None else found.view(logits.shape).to(logits.dtype), products]
 
     def _pulled_directions(self, left: Tensor, right: Tensor, scale: Tensor, grad: Tensor) -> list[Tensor | None]:
@@ -397,7 +405,7 @@ class ConcreteDelta(Delta):
             left, right, scale = self._directions()
             return ((left * scale) @ right).view(self.shape)
         logits = self.trained[0]
-        if not torch.is_grad_enabled():  # the very operations of `accumulate`
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # the very operations of `accumulate`
             total = torch.zeros(self.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
             self._masked(self.current_mask()).accumulate(total)
             return total
@@ -434,6 +442,13 @@ def groups_of(geometry: Geometry, granularity: str) -> dict[str, Any] | None:
         return None
     swapped = geometry.groups if geometry.swapped else 0
     return {"count": geometry.shape[axis], "axis": axis, "length": 1, "swapped": swapped}
+
+
+def _same_vectors(one: ConcreteDelta, other: ConcreteDelta) -> bool:
+    """Whether two adapters have the same files by the same names; a copy without a pool goes by the names."""
+    if one.names != other.names or one.pool is None or other.pool is None:
+        return one.names == other.names
+    return [(e.digest, e.places) for e in one.pool.entries] == [(e.digest, e.places) for e in other.pool.entries]
 
 
 def _kept(config: Any) -> tuple[Any, ...]:
@@ -575,7 +590,8 @@ class ConcreteModel(PooledModel):
 
 def _probabilities(delta: ConcreteDelta) -> Tensor:
     logits = delta.flat_logits().float()
-    return (logits >= 0).float() if delta.bits is not None else torch.sigmoid(logits).view(delta.logits.shape)
+    found = (logits >= 0).float() if delta.bits is not None else torch.sigmoid(logits)
+    return found.view(delta.shape) if found.numel() == math.prod(delta.shape) else found
 
 
 register(ConcreteConfig, ConcreteModel)

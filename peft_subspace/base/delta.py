@@ -50,6 +50,11 @@ class Delta(nn.Module):
         """Raise ValueError if the config does not fit the weight. Called for every layer before the model is touched."""
 
     @classmethod
+    def frozen_in(cls, config: SubspaceConfig) -> tuple[str, ...]:
+        """`frozen`, where it depends on the config."""
+        return cls.frozen
+
+    @classmethod
     def applies(cls, config: SubspaceConfig) -> bool:
         """Whether an adapter acts on a weight of a wrapped module; `config` has the overrides of that weight filled in."""
         return True

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .groups import mix
 
+CHUNK = 2**17
 _LOCAL = threading.local()  # one generator a thread, set to a state for each part: making one costs as much as 10,000 numbers
 
 
@@ -29,7 +30,11 @@ def _state(*parts: Any) -> Any:
 def fingerprint(values: Tensor) -> Tensor:
     """The sum of the bit patterns of a contiguous tensor, int64, no dimension: another one after any step of an optimizer."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.view(kind).sum(dtype=torch.int64)
+    patterns = values.view(kind)
+    if values.device.type != "cpu":
+        return patterns.sum(dtype=torch.int64)
+    # on a CPU torch would first copy all of them to int64
+    return torch.stack([part.sum(dtype=torch.int64) for part in patterns.split(CHUNK)]).sum()
 
 
 def odds(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, salt: Tensor | None = None) -> Tensor:

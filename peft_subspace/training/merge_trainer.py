@@ -23,12 +23,19 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from torch import Tensor, nn
 
+from ..task_vectors.provenance import identity
 from .merge_checkpoint import load_checkpoint, moments, restore_moments, save_checkpoint
 from .objectives import entropy_loss
 from .tasks import Stream, Task
+
+# of a config, what a run that goes on must share with the one before, besides the hashes of its vectors
+CONFIG_FIELDS = (
+    "granularity", "temperature", "init", "coefficients", "learn_coefficients", "clamp_coefficients", "rescale", "stochastic",
+    "eval_mask", "save_mask", "seed", "nonnegative",
+)  # fmt: skip
 
 
 @dataclass
@@ -72,6 +79,11 @@ class MergeArguments:
         for name in ("accumulation", "eval_every", "eval_batches", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1.")
+        for name in ("mask_steps", "coefficient_steps", "mask_lr", "inner_lr", "coefficient_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience!r} must be at least 1, or None.")
         if self.select not in ("best_entropy", "last"):
             raise ValueError(f"select={self.select!r} is not known. Accepted: 'best_entropy', 'last'.")
 
@@ -132,12 +144,21 @@ class MergeTrainer:
             raise ValueError(
                 f"tasks={[task.name for task in tasks]!r}: one or more tasks with names of their own are expected."
             )
+        if adapter_name not in model.peft_config:
+            raise ValueError(f"The model has no adapter {adapter_name!r}, only {sorted(model.peft_config)}.")
         self.model, self.tasks, self.adapter_name = model, list(tasks), adapter_name
         self.arguments = arguments or MergeArguments()
         self.accelerator = accelerator or Accelerator()
+        if self.accelerator.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.accelerator.gradient_accumulation_steps} of the accelerator: give "
+                f"MergeArguments(accumulation=...) instead."
+            )
         self.evaluate = evaluate
         self.masks, self.coefficients = self._trained()
         self.starts = [tensor.detach().clone() for tensor in self.coefficients]
+        equal = all(bool((mask == mask.reshape(-1)[0]).all()) for mask in self.masks)
+        self._start = "task arithmetic" if equal else "as it was given"
         self.history: list[Look] = []
         self._phase, self._step = "", 0
         self._best: tuple[float, list[Tensor]] | None = None
@@ -160,6 +181,8 @@ class MergeTrainer:
         return masks, [tensor for key, tensor in found.items() if key in coefficients]
 
     def _first_batches(self, task: Task) -> list[Any]:
+        if iter(task.batches) is task.batches:
+            raise ValueError(f"The batches of task {task.name!r} can be gone through only once. Give a list or a DataLoader.")
         with torch.random.fork_rng(devices=[]):  # a DataLoader that shuffles takes the same ones in every run
             torch.manual_seed(self.arguments.seed)
             found = list(islice(task.batches, self.arguments.eval_batches))
@@ -184,6 +207,9 @@ class MergeTrainer:
             ValueError: `resume` without `output_dir`, or a checkpoint of other arguments or another adapter.
         """
         state = self._load() if resume else None
+        if self.accelerator.num_processes > 1 and state is None:
+            for tensor in (*self.masks, *self.coefficients):  # random logits may have come from other seeds
+                tensor.data.copy_(broadcast(tensor.detach().clone()))
         self.model.to(self.accelerator.device).eval()
         phases = [("mask", self.arguments.mask_steps)] if self.masks else []
         phases += [("coefficients", self.arguments.coefficient_steps)] if self.coefficients else []
@@ -194,7 +220,7 @@ class MergeTrainer:
                 self._begin(phase)
             self._run(phase, steps, state)
             state = None
-        self._say(f"step 0 (task arithmetic): {self.history[0]}")
+        self._say(f"step 0 ({self._start}): {self.history[0]}")
         self._say(f"result: {self._selected()}")
         self._write_history()
         return self.history
@@ -253,7 +279,7 @@ class MergeTrainer:
             self._reset()
         else:
             self._reset()
-            inner = self._inner_optimizer()
+            inner.optimizer.state.clear()  # a fresh Adam; one more that is prepared would stay with the accelerator
             self._backward(self.coefficients)
         self._apply(inner)
         return inner
@@ -263,7 +289,7 @@ class MergeTrainer:
 
     def _backward(self, wanted: Sequence[Tensor]) -> None:
         """Gradients of the loss for some of the trained tensors, averaged over batches and processes."""
-        everything = [tensor for tensor in (*self.masks, *self.coefficients) if tensor.requires_grad]
+        everything = [tensor for tensor in (*self.masks, *self.coefficients, *self.model.parameters()) if tensor.requires_grad]
         for tensor in everything:
             tensor.requires_grad_(any(tensor is other for other in wanted))
             tensor.grad = None
@@ -278,8 +304,8 @@ class MergeTrainer:
                 tensor.requires_grad_(True)
         if self.accelerator.num_processes > 1:
             for tensor in wanted:
-                if tensor.grad is not None:
-                    tensor.grad = self.accelerator.reduce(tensor.grad, reduction="mean")
+                found = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad  # all take part, or none returns
+                tensor.grad = self.accelerator.reduce(found, reduction="mean")
 
     def _apply(self, optimizer: Any) -> None:
         optimizer.step()
@@ -296,7 +322,9 @@ class MergeTrainer:
         if inner:
             self._reset()  # lambda' belongs to a step; what counts is the mask with lambda_0
         look = Look(self._phase, self._step, {task.name: self._mean_entropy(task) for task in self.tasks})
-        look.metrics = dict(self.evaluate(self.model)) if self.evaluate is not None else {}
+        if self.evaluate is not None:
+            look.metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            self.model.eval()
         self.history.append(look)
         self._say(str(look))
         if self._best is None or look.mean < self._best[0]:
@@ -339,6 +367,7 @@ class MergeTrainer:
             "arguments": self._identity(),
             "phase": self._phase,
             "step": self._step,
+            "mask_steps": self.arguments.mask_steps,
             "taken": [stream.taken for stream in self.streams],
             "best": None if self._best is None else self._best[0],
             "looks_since_best": self._looks_since_best,
@@ -355,7 +384,12 @@ class MergeTrainer:
         own = asdict(self.arguments)
         for name in ("output_dir", "mask_steps", "coefficient_steps", "save_every", "patience"):
             del own[name]
-        return own | {"tasks": [task.name for task in self.tasks], "processes": self.accelerator.num_processes}
+        config = self.model.peft_config[self.adapter_name].to_dict()
+        given = {name: config[name] for name in CONFIG_FIELDS if name in config}
+        vectors = [identity(record) for record in (config.get("provenance") or {}).get("vectors", [])]
+        adapter = json.dumps([given, vectors, len(self.masks), len(self.coefficients)], sort_keys=True, default=str)
+        names = [task.name for task in self.tasks]
+        return own | {"tasks": names, "processes": self.accelerator.num_processes, "adapter": adapter}
 
     def _load(self) -> dict[str, Tensor] | None:
         found = load_checkpoint(self.arguments.output_dir, self._identity())
@@ -371,6 +405,10 @@ class MergeTrainer:
         _assign(list(own.values()), [tensors[name] for name in own])
         self.starts = [tensors[f"start.{i}"].to(start.device) for i, start in enumerate(self.starts)]
         self._phase, self._step = state["phase"], state["step"]
+        if self._phase == "coefficients" and self.masks and state["mask_steps"] != self.arguments.mask_steps:
+            raise ValueError(
+                f"mask_steps={self.arguments.mask_steps}: the checkpoint is beyond the mask, after {state['mask_steps']} steps."
+            )
         if self._phase == "coefficients" and self.masks:
             self.model.base_model.freeze_mask(self.adapter_name)
         best = [tensors[f"best.{i}"] for i in range(sum(name.startswith("best.") for name in tensors))]

@@ -28,7 +28,11 @@ class Task:
 
 
 def pooled_logits(head: nn.Module) -> Logits:
-    """Answers of an encoder with a head of the task's own: `head(pooler_output)`, or of the first token without a pooler."""
+    """Answers of an encoder with a head of the task's own: `head(pooler_output)`, or of the first token without a pooler.
+
+    The head is put into evaluation mode and frozen.
+    """
+    head.eval().requires_grad_(False)
 
     def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         out = model(**batch)

@@ -355,6 +355,9 @@ pool = {f"v{t}": f"{sys.argv[1]}/{t}.safetensors" for t in range(int(sys.argv[2]
 model = Wide()
 x = torch.randn(4, 1024)
 model(x).sum().backward()
+warm = torch.optim.Adam(model.parameters(), lr=0.0)  # what its first step imports is not the adapter's
+warm.step()
+del warm
 model.zero_grad()
 before = held()
 model = get_peft_model(model.requires_grad_(False), ConcreteConfig(pool=pool)).train()
@@ -418,6 +421,17 @@ def test_pictures(tmp_path: Path) -> None:
     draw_history([*looks, Look("coefficients", 0, {"a": 0.9}), Look("coefficients", 5, {"a": 0.8})], tmp_path / "history.png")
     for name in ("density", "probabilities", "history"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_two_adapters_with_other_files_under_one_name_keep_to_their_own(tmp_path: Path) -> None:
+    pico = MODELS["mlp"]
+    paths = [write_vector(tmp_path / f"{k}.safetensors", vector_of(pico.model(), k)) for k in range(2)]
+    for learned in (None, "task"):
+        model, batch = adapt("mlp", pool={"a": paths[0]}, learn_coefficients=learned, init_weights=True)
+        alone, _ = adapt("mlp", pool={"a": paths[1]}, learn_coefficients=learned, init_weights=True)
+        model.add_adapter("two", ConcreteConfig(pool={"a": paths[1]}, learn_coefficients=learned))
+        model.set_adapter("two")
+        assert torch.equal(run(model.eval(), batch), run(alone, batch))
 
 
 # What is refused -----------------------------------------------------------------------------------------------------------

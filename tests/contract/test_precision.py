@@ -23,7 +23,7 @@ def adapted(method: Method, name: str, rounded: torch.dtype = torch.float32, dty
     """The base's weights are rounded to one dtype and kept in it, or in another."""
     model = MODELS[name].model(rounded).to(dtype or rounded)
     torch.manual_seed(10)
-    return get_peft_model(model, method.make(MODELS[name], init_weights=False, **MODELS[name].targets)).train()
+    return get_peft_model(model, method.make(MODELS[name], init_weights=False, **MODELS[name].targets, **method.steady)).train()
 
 
 def train(

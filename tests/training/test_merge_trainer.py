@@ -116,10 +116,13 @@ def test_the_first_look_is_plain_task_arithmetic(capsys: pytest.CaptureFixture[s
     assert "result: coefficients step" in printed
 
 
-def test_metrics_are_asked_for_where_the_entropy_is_looked_at() -> None:
+def test_metrics_are_asked_for_where_the_entropy_is_looked_at(tmp_path: Path) -> None:
     model = make()
     run = trainer(model)
-    run.evaluate = lambda merged: {"accuracy": 0.5, "training": float(merged.training)}
+    run.evaluate = lambda merged: (
+        {"accuracy": torch.tensor(0.5), "training": float(merged.training)} if merged.train(False) else {}
+    )
+    run.arguments.output_dir = str(tmp_path)  # the history is JSON
     assert all(look.metrics == {"accuracy": 0.5, "training": 0.0} for look in run.train())
 
 
@@ -128,9 +131,18 @@ def test_the_bases_dropout_stays_off() -> None:
     model = make()
     seen = []
     original = model.base_model.model.register_forward_pre_hook(lambda module, args: seen.append(module.training))
-    trainer(model).train()
+    run = trainer(model)
+    run.evaluate = lambda merged: {"mode": float(merged.train().training)}  # a careless one
+    seen.clear()
+    run.train()
     original.remove()
     assert not any(seen)
+
+
+def test_one_inner_optimizer_is_left_with_the_accelerator() -> None:
+    run = trainer(make(learn_coefficients="layer"))
+    run.train()
+    assert len(run.accelerator._optimizers) == 3  # of the mask, of the inner step, of the coefficients
 
 
 # The two levels ----------------------------------------------------------------------------------------------------------
@@ -260,8 +272,9 @@ def test_going_on_needs_a_checkpoint_of_the_same_run(tmp_path: Path) -> None:
     trainer(make(), output_dir=str(tmp_path), save_every=2).train(resume=True)  # there is none: from the start
     with pytest.raises(ValueError, match="written with other arguments: mask_lr, seed"):
         trainer(make(), output_dir=str(tmp_path), mask_lr=0.5, seed=3).train(resume=True)
-    with pytest.raises(ValueError, match="of another adapter"):
-        trainer(make(granularity="row"), output_dir=str(tmp_path)).train(resume=True)
+    for other in ({"granularity": "row"}, {"seed": 5}, {"coefficients": 0.9}, {"learn_coefficients": "task"}):
+        with pytest.raises(ValueError, match="written with other arguments: adapter"):
+            trainer(make(**other), output_dir=str(tmp_path)).train(resume=True)
     (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # the process ended between two renames
     assert trainer(make(), output_dir=str(tmp_path), mask_steps=8).train(resume=True)[-1].step == 8
 
@@ -336,17 +349,22 @@ def test_what_cannot_be_learned_is_said() -> None:
         MergeTrainer(make(), [], accelerator=Accelerator(cpu=True))
     with pytest.raises(ValueError, match="select='best'"):
         MergeArguments(select="best")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="eval_every=0"):
-        MergeArguments(eval_every=0)
+    for wrong in ({"eval_every": 0}, {"patience": 0}, {"mask_steps": -1}, {"mask_lr": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            MergeArguments(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no adapter 'default ', only \['default'\]"):
+        MergeTrainer(make(), tasks(), accelerator=Accelerator(cpu=True), adapter_name="default ")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=4"):
+        MergeTrainer(make(), tasks(), accelerator=Accelerator(cpu=True, gradient_accumulation_steps=4))
 
 
 def test_a_task_without_batches_and_an_entropy_that_is_not_finite_are_named() -> None:
     accelerator = Accelerator(cpu=True)
     with pytest.raises(ValueError, match="The task 'quiet' has no batches"):
         MergeTrainer(make(), [Task("quiet", [], lambda m, x: x)], MergeArguments(), accelerator=accelerator)
-    once = MergeTrainer(make(), [Task("once", iter([PICO.batch()["x"]]), lambda m, x: m(x))], accelerator=accelerator)
-    with pytest.raises(ValueError, match="'once' has no batches, or `batches` can be gone through only once"):
-        once.train()
+    with pytest.raises(ValueError, match="batches of task 'once' can be gone through only once"):
+        MergeTrainer(make(), [Task("once", iter([PICO.batch()["x"]]), lambda m, x: m(x))], accelerator=accelerator)
     broken = Task("broken", [PICO.batch()["x"]], lambda model, x: model(x) * math.nan)
     with pytest.raises(ValueError, match="entropy of task 'broken' is not finite at mask step 0"):
         MergeTrainer(make(), [broken], MergeArguments(), accelerator=accelerator).train()
