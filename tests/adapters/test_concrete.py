@@ -342,7 +342,7 @@ class Wide(nn.Module):
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
 from peft import get_peft_model
 from peft_subspace import ConcreteConfig
 from tests.adapters.test_concrete import Wide
@@ -372,16 +372,19 @@ print(None if before is None else after["VmHWM"] - before["VmRSS"])
 
 
 def test_memory_of_a_step_is_the_stated_budget_whatever_the_number_of_vectors(tmp_path: Path) -> None:
-    """20 bytes a masked entry (logits, gradient, two moments, the folded vector), and 12 of the largest tensor in work."""
+    """24 bytes an entry (logits, gradient, two moments, the folded vector, the composed weight), 12 of the largest in work.
+
+    The allocator is told to give everything back at once: else its peak is that of its own holes, by tens of megabytes.
+    """
     for t in range(6):
         write_vector(tmp_path / f"{t}.safetensors", {f"{n}.weight": 0.01 * torch.randn(1024, 1024) for n in "ab"})
-    found = [run_python(MEMORY, tmp_path, count).strip() for count in (1, 6)]
+    found = [run_python(MEMORY, tmp_path, count, MALLOC_MMAP_THRESHOLD_="65536").strip() for count in (1, 6)]
     if "None" in found:
         pytest.skip("this system does not tell the peak of a process")
     one, six = map(int, found)
     entries, largest = 2 * 2**20, 2**20
-    assert six < one + 6 * 2**20  # five vectors more, 8 MB each, leave nothing behind
-    assert six < 20 * entries + 16 * largest + 24 * 2**20  # and what the libraries take for themselves
+    assert six < one + 2**20  # five vectors more, 8 MB each, leave nothing behind
+    assert six < 24 * entries + 12 * largest
 
 
 # For other methods -------------------------------------------------------------------------------------------------------

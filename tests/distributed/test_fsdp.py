@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.distributed.fsdp import NAMES, SAVED, WAYS
-from tests.distributed.steps import evaluated
+from tests.distributed.steps import RISES, evaluated
 from tests.distributed.test_ddp import name_of
 from tests.methods import METHODS, Method, each_method
 from tests.pico import MODELS
@@ -34,7 +34,8 @@ def test_two_processes_with_shares_equal_one(ran: tuple[Path, dict[str, Any]]) -
     for name, found in report["models"].items():
         way = name.rpartition(", ")[2]
         assert found["losses"] == pytest.approx(found["expected"], rel=TOLERANCE["losses"].get(way, 1e-5)), name
-        assert abs(found["losses"][-1] - found["losses"][0]) > 1e-3, name  # that it falls is asserted by tests/contract
+        if name not in RISES:
+            assert found["losses"][-1] < found["losses"][0], name
         assert found["difference"] < TOLERANCE["difference"].get(way, 1e-4), name  # Adam divides by small second moments
         resumed, went_on = found.get("resumed", [0, 0])
         assert resumed == went_on, name

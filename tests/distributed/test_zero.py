@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.distributed.steps import ZERO_NAMES
-from tests.distributed.test_ddp import CHECKPOINT, name_of
-from tests.flows.test_trainer import adapted, trainer
+from tests.distributed.steps import RISES, ZERO_NAMES
+from tests.distributed.test_ddp import check_trainer
 from tests.methods import METHODS, Method, each_method
 from tests.processes import report_of_two
 
@@ -36,21 +33,11 @@ def test_two_processes_with_shares_equal_one(ran: tuple[Path, dict[str, Any]]) -
     for name, found in report["models"].items():
         assert found["cut"], f"{name}: parameters are whole, so nothing is tested"
         assert found["losses"] == pytest.approx(found["expected"], rel=1e-5), name
-        assert abs(found["losses"][-1] - found["losses"][0]) > 1e-3, name  # that it falls is asserted by tests/contract
+        if name not in RISES:
+            assert found["losses"][-1] < found["losses"][0], name
 
 
 @each_method
 def test_the_trainer_with_zero_3(method: Method, ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """As with one process on the same global batch; a run that was resumed ends where the whole one does."""
-    folder, report = ran
-    name = name_of(method)
-    one = trainer("llama", tmp_path, adapted("llama", method, dropout=0.0, **method.steady), save_steps=6, max_grad_norm=0.0)
-    one.train()
-    expected = [entry["loss"] for entry in one.state.log_history if "loss" in entry]
-    assert report["trainer"][name] == pytest.approx(expected, abs=1e-4)  # what the Trainer logs is rounded to four digits
-    files = [folder / name / run / CHECKPOINT for run in ("whole", "resumed")]
-    whole, resumed, alone = (load_file(path) for path in [*files, tmp_path / CHECKPOINT])
-    assert whole.keys() == resumed.keys() == alone.keys()
-    for key, tensor in whole.items():
-        assert torch.equal(resumed[key], tensor), key
-        torch.testing.assert_close(tensor, alone[key], rtol=1e-3, atol=1e-4)
+    check_trainer(method, ran, tmp_path, max_grad_norm=0.0)
