@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,17 @@ class Functional(nn.Module):
         return torch.func.functional_call(self.model, state, (), batch)
 
 
-def atlas(kind: str, count: int, **fields: Any) -> Callable[[Workload, nn.Module, Path], nn.Module]:
-    """A model with an aTLAS adapter on the first vectors of a kind."""
+def adapter(config: Any, kind: str, count: int, **fields: Any) -> Callable[[Workload, nn.Module, Path], nn.Module]:
+    """A model with an adapter on the first vectors of a kind."""
 
     def attach(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:
         pool = {f"v{t}": str(folder / f"{kind}-{t}.safetensors") for t in range(count)}
-        return get_peft_model(model, AtlasConfig(pool=pool, target_modules=workload.shape.targets(model), **fields))
+        return get_peft_model(model, config(pool=pool, target_modules=workload.shape.targets(model), **fields))
 
     return attach
+
+
+atlas, concrete = partial(adapter, AtlasConfig), partial(adapter, ConcreteConfig)
 
 
 class FunctionalMask(Functional):
@@ -100,16 +104,6 @@ class FunctionalMask(Functional):
             mask = mask / mask.mean()
             state[name] = parameters[name] + sum(0.3 * (mask * vector[name]) for vector in self.vectors)
         return torch.func.functional_call(self.model, state, (), batch)
-
-
-def concrete(kind: str, count: int, **fields: Any) -> Callable[[Workload, nn.Module, Path], nn.Module]:
-    """A model with a Concrete adapter on the first vectors of a kind."""
-
-    def attach(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:
-        pool = {f"v{t}": str(folder / f"{kind}-{t}.safetensors") for t in range(count)}
-        return get_peft_model(model, ConcreteConfig(pool=pool, target_modules=workload.shape.targets(model), **fields))
-
-    return attach
 
 
 def full(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:

@@ -21,10 +21,10 @@ from ..base import Delta, Geometry
 from ..base.delta import Weight
 from ..functional import composition
 from ..functional.composition import LowRank, Vector
-from ..functional.groups import MAX_PARTS, Groups, groups_from
+from ..functional.groups import MAX_PARTS, Groups, along_axis, groups_from
 from ..registration import register
 from .blocks import OpenedPool
-from .pooled import PooledConfig, PooledModel
+from .pooled import PooledConfig, PooledModel, add_directions
 
 GRANULARITIES = ("task", "block", "row", "column", "partition")
 
@@ -115,18 +115,18 @@ class AtlasConfig(PooledConfig):
 
 def groups_of(geometry: Geometry, config: Any) -> dict[str, Any] | None:
     """Which of a block's entries have coefficients of their own, for `groups_from` and the file; None for one group."""
-    name, swapped = config.block, geometry.groups if geometry.swapped else 0
+    name = config.block
     split = next((n for ending, n in config.fused_splits.items() if name == ending or name.endswith(f".{ending}")), None)
     if split is not None:
         if geometry.shape[0] % split:
             raise ValueError(f"fused_splits: its {geometry.shape[0]} rows cannot be divided into {split} equal parts.")
-        return {"count": split, "axis": 0, "length": geometry.shape[0] // split, "swapped": swapped}
+        return along_axis(geometry, 0, geometry.shape[0] // split)
     if config.granularity == "row":
-        return {"count": geometry.shape[0], "axis": 0, "length": 1, "swapped": swapped}
+        return along_axis(geometry, 0)
     if len(geometry.shape) < 2:
         return None
     if config.granularity == "column":
-        return {"count": geometry.shape[1], "axis": 1, "length": 1, "swapped": swapped}
+        return along_axis(geometry, 1)
     if config.granularity == "partition":
         return {"count": config.partition, "seed": config.partition_seed, "name": name}
     return None
@@ -235,15 +235,8 @@ class AtlasDelta(Delta):
 
         Cost: 2 n R (in + out) flops for n rows and R = sum of the ranks; keeps `[n, R]` for backward.
         """
-        pairs = [(t, vector.to(out)) for t, vector in enumerate(self._loaded()) if isinstance(vector, LowRank)]
-        left, right = torch.cat([pair[0] for _, pair in pairs], 1), torch.cat([pair[1] for _, pair in pairs])
-        down, up = (left, right.t()) if self.geometry.swapped else (right.t(), left)
-        owner = torch.tensor([t for t, pair in pairs for _ in range(pair[1].shape[0])], device=out.device)
-        inner = self.geometry.down(x, down)
-        scaled = (inner.to(self.values().dtype) * self.values()[owner]).to(out.dtype)
-        if self.geometry.padding_idx is not None:  # a row of padding gets no gradient, as in the embedding itself
-            scaled = torch.where((x == self.geometry.padding_idx).unsqueeze(-1), scaled.detach(), scaled)
-        return self.geometry.up(scaled, up, out)
+        left, right, owner = composition.stacked(self._loaded(), out)
+        return add_directions(self.geometry, x, out, left, right, self.values()[owner])
 
     def delta_weight(self, weight: Weight) -> Tensor:
         shape = self.geometry.native(torch.empty(self.geometry.shape, device="meta")).shape
@@ -296,11 +289,7 @@ class AtlasModel(PooledModel):
 
     def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """Name of every block -> its coefficients `[T]` or `[T, K]`, detached; rows in the order of `config.vector_names`."""
-        return {
-            delta.block: delta.values().detach()
-            for _, layer in self.named_subspace_layers()
-            for delta in layer.deltas(adapter_name).values()
-        }
+        return {delta.block: delta.values().detach() for delta in self.deltas(adapter_name)}
 
     def coefficient_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer groups: the coefficients with a rate of their own, then whatever else is trained.
@@ -308,9 +297,7 @@ class AtlasModel(PooledModel):
         Coefficients move by about `lr` a step and want 100 to 10,000 times the rate of weights; and a Trainer exempts
         parameters with "norm" or "bias" in their names from weight decay, which would be those of norms and biases.
         """
-        deltas = [
-            d for _, layer in self.named_subspace_layers() for name in self.peft_config for d in layer.deltas(name).values()
-        ]
+        deltas = [delta for name in self.peft_config for delta in self.deltas(name)]
         own = {id(tensor): tensor for delta in deltas for tensor in delta.trained if tensor.requires_grad}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         groups: list[dict[str, Any]] = [{"params": list(own.values()), "lr": lr, "weight_decay": weight_decay}]

@@ -20,16 +20,17 @@ from torch import Tensor, nn
 
 from ..base import Delta, Geometry
 from ..base.delta import Weight
+from ..base.kinds import OwnWeightLayer
 from ..functional import composition
 from ..functional.bits import pack_bits, unpack_bits
 from ..functional.composition import Dense, LowRank, Vector
 from ..functional.concrete_mask import Mask, Masked, add_weighted, masked_sum
-from ..functional.groups import groups_from
+from ..functional.groups import along_axis, groups_from
 from ..functional.noise import fingerprint
 from ..registration import register
 from ..task_vectors.pool import DTYPES
 from .blocks import OpenedPool
-from .pooled import PooledConfig, PooledModel, save_task_vector_file
+from .pooled import PooledConfig, PooledModel, add_directions, save_task_vector_file
 
 GRANULARITIES = ("element", "row", "column", "rank")
 EVAL_MASKS = ("mean", "sample", "hard")
@@ -358,13 +359,10 @@ class ConcreteDelta(Delta):
 
         With a graph for the last, if no mask is given.
         """
-        vectors = [(t, v) for t, v in enumerate(self._loaded()) if isinstance(v, LowRank)]
-        left, right = torch.cat([v.left for _, v in vectors], 1), torch.cat([v.right for _, v in vectors])
-        place = self.trained[0].device
-        owner = torch.tensor([t for t, v in vectors for _ in range(v.rank)], device=place)
         m = self._graph_mask() if mask is None else mask.values()
         m = m / m.mean().clamp_min(torch.finfo(m.dtype).tiny) if self.config.rescale else m
-        return left.to(place, m.dtype), right.to(place, m.dtype), m * self.values()[owner].to(m.dtype)
+        left, right, owner = composition.stacked(self._loaded(), m)
+        return left, right, m * self.values()[owner].to(m.dtype)
 
     def _graph_mask(self) -> Tensor:
         """m of all logits, with a graph."""
@@ -384,13 +382,7 @@ class ConcreteDelta(Delta):
         Cost: 2 n R (in + out) flops for n rows and R = sum of the ranks; keeps `[n, R]` for backward.
         """
         left, right, scale = self._directions()
-        left, right = left.to(out.dtype), right.to(out.dtype)
-        down, up = (left, right.t()) if self.geometry.swapped else (right.t(), left)
-        inner = self.geometry.down(x, down)
-        scaled = (inner.to(scale.dtype) * scale).to(out.dtype)
-        if self.geometry.padding_idx is not None:  # a row of padding gets no gradient, as in the embedding itself
-            scaled = torch.where((x == self.geometry.padding_idx).unsqueeze(-1), scaled.detach(), scaled)
-        return self.geometry.up(scaled, up, out)
+        return add_directions(self.geometry, x, out, left.to(out.dtype), right.to(out.dtype), scale)
 
     def delta_weight(self, weight: Weight) -> Tensor:
         """The update with the evaluation mask, also in training: a merged model is no sample."""
@@ -440,8 +432,7 @@ def groups_of(geometry: Geometry, granularity: str) -> dict[str, Any] | None:
     axis = {"row": 0, "column": 1}.get(granularity)
     if axis is None or len(geometry.shape) < 2:
         return None
-    swapped = geometry.groups if geometry.swapped else 0
-    return {"count": geometry.shape[axis], "axis": axis, "length": 1, "swapped": swapped}
+    return along_axis(geometry, axis)
 
 
 def _same_vectors(one: ConcreteDelta, other: ConcreteDelta) -> bool:
@@ -499,15 +490,12 @@ class ConcreteModel(PooledModel):
 
     def _deltas(self, adapter_name: str) -> list[ConcreteDelta]:
         """Those with tensors of their own."""
-        layers = [layer for _, layer in self.named_subspace_layers()]
-        found = [delta for layer in layers for delta in layer.deltas(adapter_name).values()]
-        return [delta for delta in found if delta.owner is delta]
+        return [delta for delta in self.deltas(adapter_name) if delta.owner is delta]
 
     def sample_mask(self, mode: bool, adapter_name: str = "default") -> None:
         """Sample the mask as in training, or not, whatever mode the rest of the model (its dropout) is in."""
-        for _, layer in self.named_subspace_layers():
-            for delta in layer.deltas(adapter_name).values():
-                delta.train(mode)
+        for delta in self.deltas(adapter_name):
+            delta.train(mode)
         self._forget_weights()
 
     def freeze_mask(self, adapter_name: str = "default") -> None:
@@ -533,18 +521,15 @@ class ConcreteModel(PooledModel):
             raise ValueError(
                 f"The adapter {adapter_name!r} came from a file with a hard mask and has no logits to save as {kind!r}."
             )
-        layers = [layer for _, layer in self.named_subspace_layers()]
-        deltas = [delta for layer in layers for delta in layer.deltas(adapter_name).values()]
-        for each in (config, *(delta.config for delta in deltas)):
+        for each in (config, *(delta.config for delta in self.deltas(adapter_name))):
             each.save_mask, each.eval_mask = kind, "hard" if kind == "hard" else each.eval_mask
             each.check_choice("save_mask", SAVED_MASKS)
         self._forget_weights()
 
     def _forget_weights(self) -> None:
         for _, layer in self.named_subspace_layers():
-            effective: Any = getattr(layer, "_effective", None)
-            if effective is not None:
-                effective.clear()
+            if isinstance(layer, OwnWeightLayer):
+                layer.forget_weights()
 
     def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """Name of every parameter -> lambda `[T]`, detached; in the order of `config.vector_names`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -116,6 +117,11 @@ class PooledModel(SubspaceModel):
     def _prepare_targets(self, config: Any, model: nn.Module, targets: dict[str, dict[str, Geometry]]) -> None:
         chosen_blocks(config, model, targets)
 
+    def deltas(self, adapter_name: str) -> Iterator[Any]:
+        """Every Delta of an adapter."""
+        for _, layer in self.named_subspace_layers():
+            yield from layer.deltas(adapter_name).values()
+
     def _record_decisions(self, adapter_name: str) -> None:
         """Note which tensors of the file belong to which parameter: a merge without the model needs it.
 
@@ -128,10 +134,9 @@ class PooledModel(SubspaceModel):
             if isinstance(module, self.delta_cls)
         }
         blocks: dict[str, dict[str, Any]] = {}
-        for _, layer in self.named_subspace_layers():
-            for delta in layer.deltas(adapter_name).values():
-                tied = {} if delta.block == delta.parameter_name else {"tied": delta.block}
-                blocks[delta.parameter_name] = {**delta.file_entry(places), **tied}
+        for delta in self.deltas(adapter_name):
+            tied = {} if delta.block == delta.parameter_name else {"tied": delta.block}
+            blocks[delta.parameter_name] = {**delta.file_entry(places), **tied}
         provenance = self.peft_config[adapter_name].provenance
         assert provenance is not None  # since `_prepare_model`
         provenance["blocks"] = blocks
@@ -150,6 +155,16 @@ class PooledModel(SubspaceModel):
                 dense = delta.geometry.native(layer.dense_update(container, adapter_name))
                 tensors[delta.block] = dense.float()
         save_task_vector_file(path, tensors, self.peft_config[adapter_name])
+
+
+def add_directions(geometry: Geometry, x: Tensor, out: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """out + B (scale * (A x)) for stacked factors `[rows, R]` and `[R, columns]`, in the dtype of `out`, and a scale `[R]`."""
+    down, up = (left, right.t()) if geometry.swapped else (right.t(), left)
+    inner = geometry.down(x, down)
+    scaled = (inner.to(scale.dtype) * scale).to(out.dtype)
+    if geometry.padding_idx is not None:  # a row of padding gets no gradient, as in the embedding itself
+        scaled = torch.where((x == geometry.padding_idx).unsqueeze(-1), scaled.detach(), scaled)
+    return geometry.up(scaled, up, out)
 
 
 def save_task_vector_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], config: Any) -> None:

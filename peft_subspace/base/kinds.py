@@ -106,8 +106,12 @@ class OwnWeightLayer(SubspaceLayer):
 
     def train(self, mode: bool = True) -> OwnWeightLayer:
         """Set the mode; weights that were composed before are forgotten."""
-        self._effective.clear(getattr(*self._locate(container)) for container in self.geometries)
+        self.forget_weights()
         return super().train(mode)
+
+    def forget_weights(self) -> None:
+        """Compose anew at the next call; for what changes an update without changing a tensor that it depends on."""
+        self._effective.clear(getattr(*self._locate(container)) for container in self.geometries)
 
     def _is_composed(self, container: str, adapter_name: str) -> bool:
         deltas = getattr(self, container)

@@ -81,6 +81,18 @@ class LowRank:
         return self
 
 
+def stacked(vectors: Sequence[Vector | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of all low-rank vectors side by side, and whose each direction is: `[rows, R]`, `[R, columns]`, `[R]` int64.
+
+    Args:
+        vectors: T of them; those without factors are left out.
+        like: gives device and dtype.
+    """
+    pairs = [(t, vector.to(like)) for t, vector in enumerate(vectors) if isinstance(vector, LowRank)]
+    left, right = torch.cat([pair[0] for _, pair in pairs], 1), torch.cat([pair[1] for _, pair in pairs])
+    return left, right, torch.tensor([t for t, pair in pairs for _ in range(len(pair[1]))], device=like.device)
+
+
 # Composing and its gradient ----------------------------------------------------------------------------------------------
 
 

@@ -142,7 +142,8 @@ class Masked:
         for start, stop in _cuts(flat.numel()):
             part = masked[start:stop]
             m = self._entries(start, stop, per_group, flat)
-            found += self.mask.sum(m) if per_group is None else 0
+            if per_group is None:
+                found += self.mask.sum(m)
             torch.mul(m, self._delta(start, stop, part, numbers), out=part)
         scale = self._scale(found / flat.numel() if per_group is None else _mean(per_group)).to(flat.dtype)
         for start, stop in _cuts(flat.numel()):
@@ -169,30 +170,20 @@ class Masked:
         the result.
         """
         flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        like = flat.new_empty(0, dtype=wide)
-        numbers, is_whole = self._numbers(like), self.groups is None
-        values = None if is_whole else self.mask.values().to(wide)
-        count = self.mask.logits.numel()
-        # of each logit: sum of G delta over its entries times dm/dx, and dm/dx itself, which the gradient of the mean takes
-        pulled = (
-            like
-            if not logits
-            else flat.new_zeros(count, dtype=wide)
-            if values is not None
-            else flat.new_empty(count, dtype=wide)
-        )
-        slopes = flat.new_empty(count, dtype=wide) if is_whole and logits else like
+        like = flat.new_empty(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+        numbers = self._numbers(like)
+        values = None if self.groups is None else self.mask.values().to(like.dtype)
+        # of each logit: the sum of G delta over its entries times dm/dx, and dm/dx itself, which the gradient of the mean takes
+        pulled = like.new_zeros(self.mask.logits.numel() if logits else 0)
+        slopes = torch.empty_like(pulled) if values is None else self.mask.slope(values)
         sums = flat.new_zeros(2, dtype=torch.float64)  # of m, of G m delta
         products = flat.new_zeros(len(self.vectors), dtype=torch.float64)
         for start, stop in _cuts(flat.numel()):
-            g, m = flat[start:stop].to(wide), self._entries(start, stop, values, like)
-            sums[0] += self.mask.sum(m) if values is None else 0
+            g, m = flat[start:stop].to(like.dtype), self._entries(start, stop, values, like)
+            if values is None:
+                sums[0] += self.mask.sum(m)
             if coefficients:
-                masked = g * m
-                for t, vector in enumerate(self.vectors):
-                    if vector is not None:
-                        products[t] += torch.dot(masked, vector.part(start, stop, masked))
+                products += self._products(start, stop, g * m)
             if logits:
                 g = g * self._delta(start, stop, g, numbers)
                 sums[1] += torch.dot(g, m)
@@ -203,10 +194,14 @@ class Masked:
                     pulled.index_add_(0, self.groups.part(start, stop, g.device), g)
         scale = self._scale(sums[0] / flat.numel() if values is None else _mean(values))
         if logits and values is not None:
-            slopes = self.mask.slope(values)
             pulled.mul_(slopes)
         found = self._with_mean(pulled, slopes, sums[1], scale) if logits else None
         return found, (products * scale) if coefficients else None
+
+    def _products(self, start: int, stop: int, masked: Tensor) -> Tensor:
+        """<masked, tau_t> over the entries [start, stop), `[T]`, 0 for a vector that is not there."""
+        found = [masked.new_zeros(()) if v is None else torch.dot(masked, v.part(start, stop, masked)) for v in self.vectors]
+        return torch.stack(found)
 
     def _with_mean(self, pulled: Tensor, slopes: Tensor, s: Tensor, scale: Tensor) -> Tensor:
         """(G delta / mu - s / (n mu^2)) dm/dx, in place of G delta dm/dx; a group stands for n / groups entries."""

@@ -43,6 +43,12 @@ class Groups:
         return Groups, (self.count, self._make, self._size)
 
 
+def along_axis(geometry: Any, axis: int, length: int = 1) -> dict[str, Any]:
+    """The description of groups along one axis of a weight's canonical layout, `length` indices each, for `groups_from`."""
+    swapped = geometry.groups if geometry.swapped else 0
+    return {"count": geometry.shape[axis] // length, "axis": axis, "length": length, "swapped": swapped}
+
+
 def groups_from(spec: Mapping[str, Any], shape: Sequence[int], keep: bool = False) -> Groups:
     """The groups that a saved description means; it has numbers and names only, so that it can stand in a JSON file.
 

@@ -18,13 +18,27 @@ _LOCAL = threading.local()  # one generator a thread, set to a state for each pa
 
 
 @functools.lru_cache(maxsize=4096)
-def _key(*parts: Any) -> bytes:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+def key_of(*stream: Any) -> bytes:
+    """32 bytes that belong to a stream: SHA-256 of its parts."""
+    return hashlib.sha256("\0".join(map(str, stream)).encode()).digest()
 
 
 @functools.lru_cache(maxsize=4096)
-def _state(*parts: Any) -> Any:
-    return np.random.PCG64DXSM(int.from_bytes(_key(*parts)[:16], "little")).state
+def _state(*stream: Any) -> Any:
+    return np.random.PCG64DXSM(int.from_bytes(key_of(*stream)[:16], "little")).state
+
+
+def draws(stream: tuple[Any, ...], first: int, count: int) -> np.ndarray:
+    """`[count]` uint64: the draws of a stream from number `first` on.
+
+    The stream is numpy's PCG64DXSM, whose output numpy promises to keep, advanced to the position: nothing is stored, nothing
+    depends on what was drawn before.
+    """
+    if not hasattr(_LOCAL, "generator"):
+        _LOCAL.generator = np.random.PCG64DXSM(0)
+    _LOCAL.generator.state = _state(*stream)
+    _LOCAL.generator.advance(first)
+    return _LOCAL.generator.random_raw(count).astype("<u8", copy=False)
 
 
 def fingerprint(values: Tensor) -> Tensor:
@@ -48,19 +62,14 @@ def odds(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, s
         salt: a number on the device that they belong to besides, without the host's having to know it.
 
     u is (k + 1/2) / 2^16 for a uniform k of 16 bits: never 0 or 1, and fine enough for a mask, whose logistic variable reaches
-    from -11.8 to 11.8. On a CPU k comes from numpy's PCG64DXSM, whose output numpy promises to keep, advanced to the position:
-    the same on every machine and for every cut. On an accelerator k is a hash of the position (see `groups.partition`), also
-    the same for every cut; its numbers are others.
+    from -11.8 to 11.8. On a CPU k comes from `draws`: the same on every machine and for every cut. On an accelerator k is a
+    hash of the position (see `groups.partition`), also the same for every cut; its numbers are others.
 
     Cost: 1 ns a number on one core, half of it the generator; about 30 integer operations on an accelerator.
     """
     if device.type == "cpu":
         parts = stream if salt is None else (*stream, int(salt))
-        if not hasattr(_LOCAL, "generator"):
-            _LOCAL.generator = np.random.PCG64DXSM(0)
-        _LOCAL.generator.state = _state(*parts)
-        _LOCAL.generator.advance(start // 4)
-        bits = _LOCAL.generator.random_raw((stop - start + 3) // 4).astype("<u8", copy=False).view("<u2")[: stop - start]
+        bits = draws(parts, start // 4, (stop - start + 3) // 4).view("<u2")[: stop - start]
         found = torch.from_numpy(bits.astype(np.float32))
     else:
         found = hashed_bits(stream, start, stop, device, salt).float()
@@ -69,7 +78,7 @@ def odds(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, s
 
 def hashed_bits(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, salt: Tensor | None = None) -> Tensor:
     """Uniform numbers of 16 bits, int64 `[stop - start]`, by integer operations on the position alone."""
-    keys = [int.from_bytes(_key(*stream)[i : i + 4], "little") for i in (0, 4)]
+    keys = [int.from_bytes(key_of(*stream)[i : i + 4], "little") for i in (0, 4)]
     position = torch.arange(start, stop, device=device)
     inner = mix((position & 0xFFFFFFFF) ^ keys[0]) ^ (position >> 32) ^ keys[1]
     return mix(inner if salt is None else mix(inner ^ (salt & 0xFFFFFFFF)) ^ (salt >> 32 & 0xFFFFFFFF)) >> 16

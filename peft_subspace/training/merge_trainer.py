@@ -164,13 +164,13 @@ class MergeTrainer:
         self._best: tuple[float, list[Tensor]] | None = None
         self._looks_since_best = 0
         self._held_out = {task.name: self._first_batches(task) for task in self.tasks}
-        self._restart_streams()
+        processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.streams = [Stream(task, self.arguments.seed * 1_000_003 + k, *processes) for k, task in enumerate(self.tasks)]
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         found: dict[int, Tensor] = {}
-        for _, layer in self.model.base_model.named_subspace_layers():
-            for delta in layer.deltas(self.adapter_name).values():
-                found |= {id(tensor): tensor for tensor in delta.trained if tensor.requires_grad}
+        for delta in self.model.base_model.deltas(self.adapter_name):
+            found |= {id(tensor): tensor for tensor in delta.trained if tensor.requires_grad}
         coefficients = {id(p) for name, p in self.model.named_parameters() if name.endswith(".coefficients")}
         if not found:
             raise ValueError(
@@ -189,10 +189,6 @@ class MergeTrainer:
         if not found:
             raise ValueError(f"The task {task.name!r} has no batches.")
         return found
-
-    def _restart_streams(self) -> None:
-        processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.streams = [Stream(task, self.arguments.seed * 1_000_003 + k, *processes) for k, task in enumerate(self.tasks)]
 
     # Running -----------------------------------------------------------------------------------------------------------
 
@@ -236,7 +232,9 @@ class MergeTrainer:
         if phase == "coefficients":
             trained, rate = (self.coefficients, self.arguments.coefficient_lr)
         optimizer = self.accelerator.prepare(torch.optim.Adam(trained, lr=rate))
-        inner = self._inner_optimizer() if phase == "mask" and self.coefficients else None
+        inner = None
+        if phase == "mask" and self.coefficients:
+            inner = self.accelerator.prepare(torch.optim.Adam(self.coefficients, lr=self.arguments.inner_lr))
         if state is not None:
             restore_moments(optimizer, trained, state, "outer")
             if inner is not None:
@@ -245,7 +243,7 @@ class MergeTrainer:
             self._look(trained)
         while self._step < steps and not self._is_over():
             if phase == "mask":
-                inner = self._mask_step(optimizer, inner)
+                self._mask_step(optimizer, inner)
             else:
                 self._backward(self.coefficients)
                 self._apply(optimizer)
@@ -257,22 +255,18 @@ class MergeTrainer:
         if self.arguments.select == "best_entropy" and self._best is not None:
             _assign(trained, self._best[1])
 
-    def _inner_optimizer(self) -> Any:
-        return self.accelerator.prepare(torch.optim.Adam(self.coefficients, lr=self.arguments.inner_lr))
-
-    def _mask_step(self, optimizer: Any, inner: Any) -> Any:
+    def _mask_step(self, optimizer: Any, inner: Any) -> None:
         base = self.model.base_model
         base.sample_mask(True, self.adapter_name)
         try:
             if inner is not None:
-                inner = self._inner_step(inner)
+                self._inner_step(inner)
             self._backward(self.masks)
             self._apply(optimizer)
         finally:
             base.sample_mask(False, self.adapter_name)
-        return inner
 
-    def _inner_step(self, inner: Any) -> Any:
+    def _inner_step(self, inner: Any) -> None:
         """lambda' = lambda_0 - one step, left in the model for the outer one."""
         if self.arguments.reference_order:
             self._backward(self.coefficients)  # of the model that was merged with the last lambda'
@@ -282,7 +276,6 @@ class MergeTrainer:
             inner.optimizer.state.clear()  # a fresh Adam; one more that is prepared would stay with the accelerator
             self._backward(self.coefficients)
         self._apply(inner)
-        return inner
 
     def _reset(self) -> None:
         _assign(self.coefficients, self.starts)
@@ -290,8 +283,9 @@ class MergeTrainer:
     def _backward(self, wanted: Sequence[Tensor]) -> None:
         """Gradients of the loss for some of the trained tensors, averaged over batches and processes."""
         everything = [tensor for tensor in (*self.masks, *self.coefficients, *self.model.parameters()) if tensor.requires_grad]
+        chosen = {id(tensor) for tensor in wanted}
         for tensor in everything:
-            tensor.requires_grad_(any(tensor is other for other in wanted))
+            tensor.requires_grad_(id(tensor) in chosen)
             tensor.grad = None
         try:
             for _ in range(self.arguments.accumulation):
@@ -339,7 +333,8 @@ class MergeTrainer:
             found = [float(self._entropy(task, batch)) for batch in self._held_out[task.name]]
         if not all(map(math.isfinite, found)):
             raise ValueError(
-                f"The entropy of task {task.name!r} is not finite at {self._phase} step {self._step}. Lower the rates."
+                f"The entropy of task {task.name!r} is not finite at {self._phase} step {self._step}. Lower the rates, or look "
+                f"for NaN in its batches."
             )
         return sum(found) / len(found)
 

@@ -56,6 +56,15 @@ def pools(count: int = 3, scale: float = 0.05) -> dict[str, dict[str, str]]:
 
 POOLS = pools()
 MLP = {"pool": POOLS["MLP"]}
+COMPOSED = {
+    "EmbConv1D": ["emb", "conv1d"],
+    "Conv1d": ["conv1d"],
+    "Conv2d": ["conv2d", "lin0"],
+    "Conv3d": ["conv3d"],
+    "MHA": ["mha", "lin0"],
+}
+# A test asks every parameter to move by 1e-4: these small vectors need a large factor, and a rescaled mask of one entry is 1.
+MOVING = {"rescale": False, "coefficients": 3.0}
 
 CASES = [
     ("FLoRA MLP 1", "MLP", FloraConfig, {**FLORA, "target_modules": "lin0"}),
@@ -115,13 +124,7 @@ CASES = [
     ("aTLAS MLP 6", "MLP", AtlasConfig, {**MLP, "target_modules": ["lin0"], "granularity": "partition", "partition": 4}),
     *(
         (f"aTLAS {model}", model, AtlasConfig, {"pool": POOLS[model], "target_modules": targets})
-        for model, targets in {
-            "EmbConv1D": ["emb", "conv1d"],
-            "Conv1d": ["conv1d"],
-            "Conv2d": ["conv2d", "lin0"],
-            "Conv3d": ["conv3d"],
-            "MHA": ["mha", "lin0"],
-        }.items()
+        for model, targets in COMPOSED.items()
     ),
     ("Concrete MLP 1", "MLP", ConcreteConfig, {**MLP, "target_modules": "lin0"}),
     ("Concrete MLP 2", "MLP", ConcreteConfig, {**MLP, "target_modules": ["lin0"], "granularity": "row"}),
@@ -139,15 +142,9 @@ CASES = [
             f"Concrete {model}",
             model,
             ConcreteConfig,
-            {"rescale": False, "coefficients": 3.0, "pool": POOLS[model], "target_modules": targets},
+            {**MOVING, "pool": POOLS[model], "target_modules": targets},
         )
-        for model, targets in {
-            "EmbConv1D": ["emb", "conv1d"],
-            "Conv1d": ["conv1d"],
-            "Conv2d": ["conv2d", "lin0"],
-            "Conv3d": ["conv3d"],
-            "MHA": ["mha", "lin0"],
-        }.items()
+        for model, targets in COMPOSED.items()
     ),
     ("PELA MLP 1", "MLP", PelaConfig, {**PELA, "target_modules": "lin0"}),
     ("PELA MLP 2", "MLP", PelaConfig, {**PELA, "target_modules": ["lin0"]}),

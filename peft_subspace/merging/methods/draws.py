@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import threading
-from typing import Any
-
 import numpy as np
 
+from peft_subspace.functional.noise import draws, key_of
 from peft_subspace.merging.methods.registry import Inputs
 
-_LOCAL = threading.local()  # one generator a thread, set to a state for each part: making one costs as much as 10,000 numbers
 
-
-@functools.lru_cache(maxsize=256)
-def _stream(seed: int, name: str, k: int) -> tuple[Any, int]:
-    """The generator's state at position 0 of model k in this tensor, and a key: from sha256 of (seed, tensor name, k)."""
-    digest = hashlib.sha256(f"{seed}\0{name}\0{k}".encode()).digest()
-    state = np.random.PCG64DXSM(int.from_bytes(digest[:16], "little")).state
-    return state, int.from_bytes(digest[16:24], "little")
-
-
-def _raw(inputs: Inputs, k: int, first: int, count: int) -> np.ndarray:
-    """`[count]` uint64: the draws of model k in this tensor from number `first` on.
-
-    The stream is numpy's PCG64DXSM, whose output numpy promises to keep, advanced to the position: nothing is stored,
-    nothing depends on what was drawn before.
-    """
-    if not hasattr(_LOCAL, "generator"):
-        _LOCAL.generator = np.random.PCG64DXSM(0)
-    _LOCAL.generator.state = _stream(inputs.seed, inputs.name, k)[0]
-    _LOCAL.generator.advance(first)
-    return _LOCAL.generator.random_raw(count).astype("<u8", copy=False)
+def _stream(inputs: Inputs, k: int) -> tuple[int, str, int]:
+    return inputs.seed, inputs.name, k
 
 
 def random_bits(inputs: Inputs, k: int) -> np.ndarray:
     """`[n]` int32, uniform over all of them: those of model k at the positions of this part, two of one draw."""
     start, count = inputs.start, inputs.tensors[k].numel()
-    raw = _raw(inputs, k, start // 2, (start + count + 1) // 2 - start // 2)
+    raw = draws(_stream(inputs, k), start // 2, (start + count + 1) // 2 - start // 2)
     return raw.view("<i4")[start % 2 :][:count]
 
 
@@ -62,14 +39,14 @@ def bernoulli_bits(inputs: Inputs, k: int, chance: float) -> np.ndarray:
     words = -(-(skip + count) // 64)
     spare = 0 if lower else (upper & -upper).bit_length() - 1  # trailing zeros of p: those bits of u do not matter
     planes = 8 - spare
-    draws = _raw(inputs, k, start // 64 * planes, words * planes).reshape(words, planes)
-    less, equal = _compared(draws, upper >> spare, bool(lower))
+    drawn = draws(_stream(inputs, k), start // 64 * planes, words * planes).reshape(words, planes)
+    less, equal = _compared(drawn, upper >> spare, bool(lower))
     if not lower and not skip:
         return less.view(np.uint8)[: -(-count // 8)]
     kept = _unpacked(less)[skip:][:count]
     if lower:
         edge = np.flatnonzero(_unpacked(equal)[skip:][:count])
-        key = _stream(inputs.seed, inputs.name, k)[1]
+        key = int.from_bytes(key_of(*_stream(inputs, k))[16:24], "little")
         kept[edge] = _hash(edge.astype(np.uint64) + np.uint64(start), key) < lower
     return np.packbits(kept, bitorder="little")
 
@@ -80,11 +57,11 @@ def bernoulli(inputs: Inputs, k: int, chance: float) -> np.ndarray:
     return np.unpackbits(bernoulli_bits(inputs, k, chance), count=count, bitorder="little").view(bool)
 
 
-def _compared(draws: np.ndarray, chance: int, edges: bool) -> tuple[np.ndarray, np.ndarray]:
+def _compared(drawn: np.ndarray, chance: int, edges: bool) -> tuple[np.ndarray, np.ndarray]:
     """Bits that say u < p and u == p, `[words]` uint64 each; the second is not made without `edges`."""
-    less, equal = np.zeros(len(draws), "<u8"), ~np.zeros(len(draws), "<u8")
-    for plane in range(draws.shape[1]):  # from the lowest bit up
-        ones = draws[:, plane]
+    less, equal = np.zeros(len(drawn), "<u8"), ~np.zeros(len(drawn), "<u8")
+    for plane in range(drawn.shape[1]):  # from the lowest bit up
+        ones = drawn[:, plane]
         below = ~ones
         if chance >> plane & 1:
             less |= below
