@@ -1,13 +1,14 @@
 """Learned merges on real weights, three seeds: AdaMerging, Concrete and supervised aTLAS against averages and TIES.
 
-    python benchmarks/merge_tasks.py train --kinds full     # MiniLM on the text tasks
-    python benchmarks/learned_merging.py                    # the ViT on the image tasks, then every merge; can be interrupted
+    python benchmarks/learned_merging.py                    # models, sweep of the rates, every merge; can be interrupted
     python benchmarks/learned_merging.py --report           # the table and the picture of what has run
 
-Whole encoders are merged, each task keeps the head of its own model. Lambda of task arithmetic and TIES is 0.3, as the paper
-has it, and for "searched" the best of a grid on 100 labelled rows that no test sees. AdaMerging and Concrete minimise the
-entropy of unlabelled batches of the test rows, the paper's protocol; aTLAS the cross-entropy of 200 labelled rows of each task.
-All learn in `STEPS` steps, with rates that move a logit and a coefficient about as far as the paper's do in 2,000 and 1,000.
+The papers' models are CLIP's, with zero-shot heads that are given and fixed. Likewise each task here has a head that is not
+learned: the mean features of four rows of each class, as the base sees them. The encoder (its embeddings excepted) is
+fine-tuned under that head, whole encoders are merged, and each task keeps its head. Lambda of task arithmetic and TIES is
+0.3, as the paper has it, and for "searched" the best of a grid on 100 labelled rows that no test sees. AdaMerging and Concrete minimise
+the entropy of unlabelled batches of the test rows, the paper's protocol; aTLAS the cross-entropy of 200 labelled rows of each
+task. All learn in `STEPS` steps. Rates are chosen on those 100 rows, with models of another seed that no table has.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,23 @@ from accelerate import Accelerator
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from benchmarks.quality import batches, rows
 from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.merging.methods.memory import merge_tensors
-from peft_subspace.training import MergeArguments, MergeTrainer, Task, pooled_logits
+from peft_subspace.training import MergeArguments, MergeTrainer, Task
 from peft_subspace.training.objectives import addition_loss
 
 TASKS = {"text": ("trec", "sms-spam", "newsgroups", "spam-assassin"), "image": ("digits", "mnist", "fashion-mnist")}
 ASSET = {"text": "minilm", "image": "vit-small"}
-BATCH = {"text": 4, "image": 8}
-LAMBDA, GRID, STEPS, MASK_RATE, COEFFICIENT_RATE = 0.3, (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5), 40, 0.003, 0.005
+FINE_TUNING = {"text": (5e-5, 2), "image": (2e-5, 2)}  # rate of the encoder, epochs over 960 rows
+BATCH = 8
+SHOTS, SCALES = 4, (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+LAMBDA, GRID, STEPS = 0.3, (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5), 40
+SWEEP_SEED = 100  # models and draws that the rates are chosen with
+MASK_RATES, COEFFICIENT_RATES = (0.003, 0.01, 0.03), (0.003, 0.01, 0.03)
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Suite:
             for batch in batches(data, torch.arange(len(data["labels"]))):
                 inputs = {key: value for key, value in batch.items() if key != "labels"}
                 with torch.autocast("cpu", torch.bfloat16):
-                    right += int((pooled_logits(head)(model, inputs).argmax(1) == batch["labels"]).sum())
+                    right += int((answers(head)(model, inputs).argmax(1) == batch["labels"]).sum())
             found[name] = right / len(data["labels"])
         return found
 
@@ -89,7 +93,7 @@ class Suite:
         data, generator = self.data[name][part], torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(data["labels"]), generator=generator)
-            for chosen in order.split(BATCH[self.kind]):
+            for chosen in order.split(BATCH):
                 yield next(iter(batches({key: value[chosen] for key, value in data.items()}, torch.arange(len(chosen)))))
 
 
@@ -102,7 +106,7 @@ class Unlabelled:
     def __iter__(self) -> Any:
         data = self.suite.data[self.name]["test"]
         order = torch.randperm(len(data["labels"]))
-        for chosen in order.split(BATCH[self.suite.kind]):
+        for chosen in order.split(BATCH):
             (batch,) = batches({k: v[chosen] for k, v in data.items() if k != "labels"}, torch.arange(len(chosen)))
             yield batch
 
@@ -117,45 +121,99 @@ def parts_of(name: str) -> tuple[dict[str, dict[str, Tensor]], int]:
     return parts, classes
 
 
-def suite_of(kind: str, seed: int, folder: Path) -> Suite:
-    """Open the text models of merge_tasks.py, or train the ViT once."""
-    base = folder / ("base" if kind == "text" else "base-image")
-    if not base.exists():
-        AutoModel.from_pretrained(assets.model_path(ASSET[kind])).save_pretrained(folder / ".part")
-        (folder / ".part").rename(base)
-    encoders, heads = {}, {}
-    for name in TASKS[kind]:
-        path = folder / f"full-{name}-{seed}"
-        if not path.exists():
-            if kind == "text":
-                raise SystemExit(f"{path} is missing: run `python benchmarks/merge_tasks.py train --kinds full` first")
-            train_image_model(name, base, seed, path)
-        state = load_file(path / "head.safetensors")
-        head = nn.Linear(*reversed(state["weight"].shape))
-        head.load_state_dict(state)
-        encoders[name], heads[name] = path / "encoder", head.eval().requires_grad_(False)
-    return Suite(kind, base, encoders, heads, {name: parts_of(name)[0] for name in TASKS[kind]})
+def features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a head reads `[b, d]`: the mean of a text's tokens, an image's class token."""
+    hidden: Tensor = model(**inputs).last_hidden_state
+    if "attention_mask" not in inputs:
+        return hidden[:, 0]
+    mask = inputs["attention_mask"][..., None]
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
-def train_image_model(name: str, base: Path, seed: int, path: Path) -> None:
-    """Fine-tune the ViT and a new head, whole, three epochs over 960 rows."""
+class Prototypes(nn.Module):
+    """A head that is given, not learned: logits c cos(f - m, c_k) of a row's features f.
+
+    c_k is the mean feature of `SHOTS` rows of class k, as the base sees them, less the mean m of all of them; c is the one of
+    `SCALES` with which the base's answers fit the training rows best, so that its probabilities mean something.
+    """
+
+    def __init__(self, mean: Tensor, classes: Tensor) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.register_buffer("mean", mean)
+        self.register_buffer("classes", classes)
+
+    def forward(self, found: Tensor) -> Tensor:
+        return self.scale * F.normalize(found - self.mean, dim=-1) @ F.normalize(self.classes - self.mean, dim=-1).t()
+
+
+def answers(head: nn.Module) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
+    """Logits of a task, for `Task`."""
+    return lambda model, inputs: head(features(model, inputs))
+
+
+@torch.no_grad()
+def prototypes(model: nn.Module, name: str) -> Prototypes:
+    """The head of a task."""
     parts, classes = parts_of(name)
+    labels = parts["train"]["labels"]
+    rows = [
+        features(model, {key: value for key, value in batch.items() if key != "labels"})
+        for batch in batches(parts["train"], torch.arange(len(labels)))
+    ]
+    found = torch.cat(rows)
+    means = torch.stack([found[(labels == label).nonzero()[:SHOTS, 0]].mean(0) for label in range(classes)])
+    head = Prototypes(means.mean(0), means)
+    answered = head(found)
+    head.scale = min(SCALES, key=lambda scale: float(F.cross_entropy(scale * answered, labels)))
+    return head
+
+
+def fine_tune(kind: str, name: str, head: nn.Module, base: Path, seed: int, path: Path) -> None:
+    """Fine-tune the encoder under a fixed head; embeddings and pooler stay the base's."""
+    parts, _ = parts_of(name)
+    rate, epochs = FINE_TUNING[kind]
     torch.manual_seed(seed)
-    encoder, head = AutoModel.from_pretrained(base).train(), nn.Linear(384, classes)
-    groups = [{"params": encoder.parameters(), "lr": 5e-5}, {"params": head.parameters(), "lr": 2e-3}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    for _ in range(3):
+    encoder = AutoModel.from_pretrained(base).train()
+    for part, parameter in encoder.named_parameters():
+        parameter.requires_grad_(not part.startswith(("embeddings", "pooler")))
+    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    for _ in range(epochs):
         for batch in batches(parts["train"], torch.randperm(len(parts["train"]["labels"]))):
             labels = batch.pop("labels")
             with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(pooled_logits(head)(encoder, batch).float(), labels)
+                loss = F.cross_entropy(answers(head)(encoder, batch).float(), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    partial = path.with_name(f".{path.name}")
-    encoder.save_pretrained(partial / "encoder")
-    save_file(dict(head.state_dict()), partial / "head.safetensors")
-    partial.rename(path)
+    unfinished = path.with_name(f".{path.name}")
+    encoder.save_pretrained(unfinished)
+    unfinished.rename(path)
+
+
+def suite_of(kind: str, seed: int, folder: Path) -> Suite:
+    """Open the base, the heads and the single-task encoders, or make them once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / f"base-{kind}"
+    if not base.exists():
+        AutoModel.from_pretrained(assets.model_path(ASSET[kind])).save_pretrained(folder / f".base-{kind}")
+        (folder / f".base-{kind}").rename(base)
+    encoders, heads = {}, {}
+    for name in TASKS[kind]:
+        heads[name] = prototypes(AutoModel.from_pretrained(base).eval(), name)
+        encoders[name] = folder / f"{name}-{seed}"
+        if not encoders[name].exists():
+            fine_tune(kind, name, heads[name], base, seed, encoders[name])
+    return Suite(kind, base, encoders, heads, {name: parts_of(name)[0] for name in TASKS[kind]})
+
+
+@dataclass
+class Rates:
+    """Learning rates of logits, of coefficients without labels, and of coefficients with labels."""
+
+    mask: float = 0.0
+    coefficient: float = 0.0
+    labelled: float = 0.0
 
 
 # Merges ------------------------------------------------------------------------------------------------------------------
@@ -199,25 +257,30 @@ def individual(suite: Suite) -> dict[str, Any]:
     return {"accuracy": found}
 
 
-def by_entropy(suite: Suite, seed: int, config: Any) -> dict[str, Any]:
+def by_entropy(suite: Suite, seed: int, config: Any, rates: Rates, part: str = "test") -> dict[str, Any]:
     """AdaMerging or Concrete."""
     torch.manual_seed(seed)
     model = get_peft_model(suite.model(), config)
-    tasks = [Task(name, Unlabelled(suite, name), pooled_logits(head)) for name, head in suite.heads.items()]
+    tasks = [Task(name, Unlabelled(suite, name), answers(head)) for name, head in suite.heads.items()]
     arguments = MergeArguments(
-        mask_steps=STEPS, mask_lr=MASK_RATE, coefficient_steps=STEPS, coefficient_lr=COEFFICIENT_RATE, eval_every=10, seed=seed
+        mask_steps=STEPS,
+        mask_lr=rates.mask,
+        coefficient_steps=STEPS,
+        coefficient_lr=rates.coefficient,
+        eval_every=10,
+        seed=seed,
     )
     trainer = MergeTrainer(model, tasks, arguments, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
     history = trainer.train()
     looks = [{"phase": look.phase, "step": look.step, "entropy": round(look.mean, 4)} for look in history]
-    return {"accuracy": suite.accuracies(model), "history": looks}
+    return {"accuracy": suite.accuracies(model, part), "history": looks}
 
 
-def by_labels(suite: Suite, seed: int, config: Any) -> dict[str, Any]:
+def by_labels(suite: Suite, seed: int, config: Any, rate: float, part: str = "test") -> dict[str, Any]:
     """aTLAS: the coefficients that lower the cross-entropy of all tasks."""
     torch.manual_seed(seed)
     model = get_peft_model(suite.model(), config).eval()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=COEFFICIENT_RATE)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     streams = {name: suite.shuffled(name, "labelled", seed) for name in suite.heads}
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -225,10 +288,10 @@ def by_labels(suite: Suite, seed: int, config: Any) -> dict[str, Any]:
             batch = next(streams[name])
             labels = batch.pop("labels")
             with torch.autocast("cpu", torch.bfloat16):
-                logits = pooled_logits(head)(model, batch)
+                logits = answers(head)(model, batch)
             addition_loss([(logits, labels)]).backward()
         optimizer.step()
-    return {"accuracy": suite.accuracies(model)}
+    return {"accuracy": suite.accuracies(model, part)}
 
 
 def atlas(suite: Suite, granularity: str, start: float = LAMBDA) -> AtlasConfig:
@@ -241,22 +304,42 @@ def concrete(suite: Suite, seed: int, learned: Any) -> ConcreteConfig:
     return ConcreteConfig(pool=suite.pool, coefficients=LAMBDA, learn_coefficients=learned, seed=seed, save_mask="float32")
 
 
-METHODS: dict[str, Callable[[Suite, int], dict[str, Any]]] = {
-    "single-task models": lambda suite, seed: individual(suite),
-    "base": lambda suite, seed: {"accuracy": suite.accuracies(suite.model())},
-    "average": lambda suite, seed: fixed(suite, 1 / len(suite.heads)),
-    "task arithmetic, 0.3": lambda suite, seed: fixed(suite, LAMBDA),
-    "task arithmetic, searched": lambda suite, seed: fixed(suite, None, search=True),
-    "TIES, 0.3": lambda suite, seed: fixed(suite, LAMBDA, "ties"),
-    "TIES, searched": lambda suite, seed: fixed(suite, None, "ties", search=True),
-    "AdaMerging, task": lambda suite, seed: by_entropy(suite, seed, atlas(suite, "task")),
-    "AdaMerging, layer": lambda suite, seed: by_entropy(suite, seed, atlas(suite, "block")),
-    "Concrete TA": lambda suite, seed: by_entropy(suite, seed, concrete(suite, seed, None)),
-    "Concrete AM, task": lambda suite, seed: by_entropy(suite, seed, concrete(suite, seed, "task")),
-    "Concrete AM, layer": lambda suite, seed: by_entropy(suite, seed, concrete(suite, seed, "layer")),
-    "aTLAS, isotropic (labels)": lambda suite, seed: by_labels(suite, seed, atlas(suite, "task")),
-    "aTLAS, anisotropic (labels)": lambda suite, seed: by_labels(suite, seed, atlas(suite, "block")),
+METHODS: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
+    "single-task models": lambda suite, seed, rates: individual(suite),
+    "base": lambda suite, seed, rates: {"accuracy": suite.accuracies(suite.model())},
+    "average": lambda suite, seed, rates: fixed(suite, 1 / len(suite.heads)),
+    "task arithmetic, 0.3": lambda suite, seed, rates: fixed(suite, LAMBDA),
+    "task arithmetic, searched": lambda suite, seed, rates: fixed(suite, None, search=True),
+    "TIES, 0.3": lambda suite, seed, rates: fixed(suite, LAMBDA, "ties"),
+    "TIES, searched": lambda suite, seed, rates: fixed(suite, None, "ties", search=True),
+    "AdaMerging, task": lambda suite, seed, rates: by_entropy(suite, seed, atlas(suite, "task"), rates),
+    "AdaMerging, layer": lambda suite, seed, rates: by_entropy(suite, seed, atlas(suite, "block"), rates),
+    "Concrete TA": lambda suite, seed, rates: by_entropy(suite, seed, concrete(suite, seed, None), rates),
+    "Concrete AM, task": lambda suite, seed, rates: by_entropy(suite, seed, concrete(suite, seed, "task"), rates),
+    "Concrete AM, layer": lambda suite, seed, rates: by_entropy(suite, seed, concrete(suite, seed, "layer"), rates),
+    "aTLAS, isotropic (labels)": lambda suite, seed, rates: by_labels(suite, seed, atlas(suite, "task"), rates.labelled),
+    "aTLAS, anisotropic (labels)": lambda suite, seed, rates: by_labels(suite, seed, atlas(suite, "block"), rates.labelled),
 }
+
+
+# Rates -------------------------------------------------------------------------------------------------------------------
+
+
+def trial(suite: Suite, what: str, rate: float) -> dict[str, Any]:
+    """One rate of one kind, judged by the 100 labelled rows."""
+    if what == "mask":
+        return by_entropy(suite, SWEEP_SEED, concrete(suite, SWEEP_SEED, None), Rates(mask=rate), "search")
+    if what == "coefficient":
+        return by_entropy(suite, SWEEP_SEED, atlas(suite, "block"), Rates(coefficient=rate), "search")
+    return by_labels(suite, SWEEP_SEED, atlas(suite, "block"), rate, "search")
+
+
+def chosen_rates(kind: str, runs: Mapping[tuple[str, str, int], Any]) -> Rates:
+    """The best rate of each kind out of the sweep."""
+    best = {}
+    for what, tried in (("mask", MASK_RATES), ("coefficient", COEFFICIENT_RATES), ("labelled", COEFFICIENT_RATES)):
+        best[what] = max(tried, key=lambda rate: mean_of(runs[kind, f"sweep: {what} {rate}", SWEEP_SEED]))
+    return Rates(**best)
 
 
 # Results -----------------------------------------------------------------------------------------------------------------
@@ -301,7 +384,7 @@ def report(runs: dict[tuple[str, str, int], Any], output: Path) -> None:
 def main() -> None:
     """Run what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/merge-tasks"), help="where the single-task models are")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/learned-merging"), help="where the single-task models are")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--kinds", nargs="+", default=["image", "text"], choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -313,17 +396,28 @@ def main() -> None:
     path = options.output / "learned-merging-runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     runs = {(run["kind"], run["method"], run["seed"]): run for run in map(json.loads, lines)}
+
+    def run(kind: str, method: str, seed: int, work: Callable[[], dict[str, Any]]) -> None:
+        if (kind, method, seed) in runs:
+            return
+        start = time.process_time()
+        found = {"kind": kind, "method": method, "seed": seed, **work()}
+        found["cpu_s"] = round(time.process_time() - start, 1)
+        with path.open("a") as sink:
+            sink.write(json.dumps(found) + "\n")
+        runs[kind, method, seed] = found
+        print(f"{kind} {seed} {method}: {mean_of(found):.1f} in {found['cpu_s']} s", file=sys.stderr, flush=True)
+
     for kind in [] if options.report else options.kinds:
+        suite = suite_of(kind, SWEEP_SEED, options.folder)
+        for what, tried in (("mask", MASK_RATES), ("coefficient", COEFFICIENT_RATES), ("labelled", COEFFICIENT_RATES)):
+            for rate in tried:
+                run(kind, f"sweep: {what} {rate}", SWEEP_SEED, partial(trial, suite, what, rate))
+        rates = chosen_rates(kind, runs)
         for seed in options.seeds:
             suite = suite_of(kind, seed, options.folder)
-            for name in [name for name in METHODS if (kind, name, seed) not in runs]:
-                start = time.process_time()
-                run = {"kind": kind, "method": name, "seed": seed, **METHODS[name](suite, seed)}
-                run["cpu_s"] = round(time.process_time() - start, 1)
-                with path.open("a") as sink:
-                    sink.write(json.dumps(run) + "\n")
-                runs[kind, name, seed] = run
-                print(f"{kind} {seed} {name}: {mean_of(run):.1f} in {run['cpu_s']} s", file=sys.stderr, flush=True)
+            for name, method in METHODS.items():
+                run(kind, name, seed, partial(method, suite, seed, rates))
     report(runs, options.output)
 
 

@@ -509,6 +509,24 @@ class ConcreteModel(PooledModel):
                 delta.register_buffer("logits", logits.detach())
         self._forget_weights()
 
+    def set_eval_mask(self, kind: str, adapter_name: str = "default") -> None:
+        """Change the mask outside of training: "mean", "sample" or "hard", as `eval_mask` of the config.
+
+        Raises:
+            ValueError: another kind, or one that needs logits where only hard bits are there or will be saved.
+        """
+        config = self.peft_config[adapter_name]
+        if config.save_mask == "hard" and kind != "hard":
+            raise ValueError(
+                f"eval_mask={kind!r} needs logits, and save_mask='hard' keeps their signs alone. Call save_mask_as first, or "
+                f"load a file with logits."
+            )
+        if kind not in EVAL_MASKS:
+            raise ValueError(f"eval_mask={kind!r} is not known. Accepted: {', '.join(map(repr, EVAL_MASKS))}.")
+        for each in (config, *(delta.config for delta in self.deltas(adapter_name))):
+            each.eval_mask = kind
+        self._forget_weights()
+
     def save_mask_as(self, kind: str, adapter_name: str = "default") -> None:
         """Change what the file will have, for a smaller one; the model evaluates by what is left, so that a loaded one agrees.
 

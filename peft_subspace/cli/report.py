@@ -19,6 +19,8 @@ def describe(plan: Plan, threads: int) -> None:
         say(f"Model    {name}")
     if plan.learned is not None:
         say(f"Learned  {recipe.subspace.learned}")
+    if plan.mask is not None:
+        say(f"Mask     {recipe.subspace.mask}")
     actions = Counter(tensor.action for tensor in plan.tensors)
     values = sum(tensor.count for tensor in plan.tensors)
     parts = [f"{actions[action]} {words}" for action, words in _ACTIONS.items() if actions[action]]

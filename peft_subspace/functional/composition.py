@@ -116,12 +116,12 @@ def accumulate(total: Tensor, vectors: Sequence[Vector | None], coefficients: Te
             total.view(left.shape[0], -1).addmm_(left * number, right)
         elif vector is not None:
             dense.append((number, vector))
-    for start, part in _chunks(flat) if dense else ():
-        where = None if groups is None else groups.part(start, start + part.numel(), part.device)
+    for start, part in _chunks(flat, groups) if dense else ():
+        stop = start + part.numel()
         for number, vector in dense:
-            values = vector.part(start, start + part.numel(), part)
-            if where is not None:
-                part.addcmul_(values, number[where])
+            values = vector.part(start, stop, part)
+            if groups is not None:
+                part.addcmul_(values, groups.spread(number, start, stop))
             elif isinstance(number, float):
                 part.add_(values, alpha=number)
             else:
@@ -134,9 +134,10 @@ def _numbers(coefficients: Tensor, total: Tensor) -> list[Any]:
     return coefficients.tolist() if coefficients.ndim == 1 and total.device.type == "cpu" else list(coefficients)
 
 
-def _chunks(flat: Tensor) -> Any:
-    for start in range(0, flat.numel(), CHUNK):
-        yield start, flat[start : start + CHUNK]
+def _chunks(flat: Tensor, groups: Groups | None = None) -> Any:
+    step = CHUNK if groups is None else groups.step(CHUNK)
+    for start in range(0, flat.numel(), step):
+        yield start, flat[start : start + step]
 
 
 @torch.no_grad()
@@ -158,15 +159,14 @@ def inner_products(grad: Tensor, vectors: Sequence[Vector | None], groups: Group
     dense = [(t, vector) for t, vector in enumerate(vectors) if vector is not None and t not in low_rank]
     for t, factors in low_rank.items():
         sums[t] = _low_rank_product(flat, factors, wide)
-    for start, part in _chunks(flat) if dense else ():
+    for start, part in _chunks(flat, groups) if dense else ():
         part = part.to(wide)
-        where = None if groups is None else groups.part(start, start + part.numel(), part.device)
         for t, vector in dense:
             values = vector.part(start, start + part.numel(), part)
-            if where is None:
+            if groups is None:
                 sums[t] += torch.dot(values, part)
             else:
-                sums[t].index_add_(0, where, (values * part).double())
+                groups.collect(sums[t], values * part, start)
     return sums[:, 0] if groups is None else sums
 
 

@@ -20,6 +20,7 @@ again from the position, so that nothing of a weight's size lives from forward t
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +33,9 @@ from .groups import Groups
 from .noise import odds
 
 CHUNK = 2**17  # values at a time: a few buffers of them fit into a core's caches, and calls cost little beside them
+KEPT = 2**24  # values of the scratch room that stays: 64 MB
 TINY = 2.0**-24
+_LOCAL = threading.local()
 
 Kind = Literal["sample", "mean", "hard"]
 
@@ -90,12 +93,19 @@ class Mask:
         size = self.logits.numel()
         return torch.cat([self.part(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)])
 
+    @property
+    def steepness(self) -> float:
+        """c in dm/dx = c m (1 - m): 1 / T of a sample, 1 of the mean, 0 of a hard mask."""
+        return {"sample": 1 / self.temperature, "mean": 1.0, "hard": 0.0}[self.kind]
+
     def slope(self, m: Tensor) -> Tensor:
         """dm/dx, of the values m."""
-        if self.kind == "hard":
-            return torch.zeros_like(m)
-        slope = torch.addcmul(m, m, m, value=-1)  # m - m^2
-        return slope.div_(self.temperature) if self.kind == "sample" else slope
+        return bell(m).mul_(self.steepness)
+
+
+def bell(m: Tensor, out: Tensor | None = None) -> Tensor:
+    """m (1 - m)."""
+    return torch.addcmul(m, m, m, value=-1, out=out)
 
 
 @dataclass(frozen=True)
@@ -136,10 +146,10 @@ class Masked:
         Cost: about 20 elementwise operations an entry and one pass over each tau; memory for one more weight while it runs.
         """
         flat, numbers = total.view(-1), self._numbers(total)
-        masked = torch.empty_like(flat)
+        masked = _scratch(flat.numel(), flat)
         per_group = None if self.groups is None else self.mask.values().to(flat.dtype)
         found = flat.new_zeros((), dtype=torch.float64)
-        for start, stop in _cuts(flat.numel()):
+        for start, stop in self._cuts(flat.numel()):
             part = masked[start:stop]
             m = self._entries(start, stop, per_group, flat)
             if per_group is None:
@@ -152,7 +162,10 @@ class Masked:
     def _entries(self, start: int, stop: int, per_group: Tensor | None, like: Tensor) -> Tensor:
         if per_group is None or self.groups is None:
             return self.mask.part(start, stop).to(like.dtype)
-        return per_group[self.groups.part(start, stop, like.device)]
+        return self.groups.spread(per_group, start, stop)
+
+    def _cuts(self, size: int) -> list[tuple[int, int]]:
+        return _cuts(size, CHUNK if self.groups is None else self.groups.step(CHUNK))
 
     def _scale(self, mean: Tensor) -> Tensor:
         return _inverse(mean) if self.rescale else torch.ones_like(mean)
@@ -173,29 +186,33 @@ class Masked:
         like = flat.new_empty(0, dtype=torch.promote_types(grad.dtype, torch.float32))
         numbers = self._numbers(like)
         values = None if self.groups is None else self.mask.values().to(like.dtype)
-        # of each logit: the sum of G delta over its entries times dm/dx, and dm/dx itself, which the gradient of the mean takes
-        pulled = like.new_zeros(self.mask.logits.numel() if logits else 0)
-        slopes = torch.empty_like(pulled) if values is None else self.mask.slope(values)
-        sums = flat.new_zeros(2, dtype=torch.float64)  # of m, of G m delta
+        # of each logit: the sum of G delta over its entries times m (1 - m), and m (1 - m) itself, which the gradient of the
+        # mean takes; 1 / T comes in with the last factor
+        size = self.mask.logits.numel() if logits else 0
+        pulled = like.new_empty(size) if values is None else like.new_zeros(size)
+        bells = _scratch(size, like) if values is None else bell(values)
+        mass = flat.new_zeros((), dtype=torch.float64)  # the sum of m
+        s = flat.new_zeros((), dtype=torch.float64)  # of G m delta
         products = flat.new_zeros(len(self.vectors), dtype=torch.float64)
-        for start, stop in _cuts(flat.numel()):
+        for start, stop in self._cuts(flat.numel()):
             g, m = flat[start:stop].to(like.dtype), self._entries(start, stop, values, like)
             if values is None:
-                sums[0] += self.mask.sum(m)
+                mass += self.mask.sum(m)
             if coefficients:
                 products += self._products(start, stop, g * m)
-            if logits:
-                g = g * self._delta(start, stop, g, numbers)
-                sums[1] += torch.dot(g, m)
-                if self.groups is None:
-                    slopes[start:stop] = slope = self.mask.slope(m)
-                    torch.mul(g, slope, out=pulled[start:stop])
-                else:
-                    pulled.index_add_(0, self.groups.part(start, stop, g.device), g)
-        scale = self._scale(sums[0] / flat.numel() if values is None else _mean(values))
+            if not logits:
+                continue
+            out = pulled[start:stop] if self.groups is None else torch.empty_like(g)
+            torch.mul(g, self._delta(start, stop, g, numbers), out=out)
+            s += torch.dot(out, m)
+            if self.groups is None:
+                out.mul_(bell(m, out=bells[start:stop]))
+            else:
+                self.groups.collect(pulled, out, start)
+        scale = self._scale(mass / flat.numel() if values is None else _mean(values))
         if logits and values is not None:
-            pulled.mul_(slopes)
-        found = self._with_mean(pulled, slopes, sums[1], scale) if logits else None
+            pulled.mul_(bells)
+        found = self._with_mean(pulled, bells, s, scale) if logits else None
         return found, (products * scale) if coefficients else None
 
     def _products(self, start: int, stop: int, masked: Tensor) -> Tensor:
@@ -203,17 +220,34 @@ class Masked:
         found = [masked.new_zeros(()) if v is None else torch.dot(masked, v.part(start, stop, masked)) for v in self.vectors]
         return torch.stack(found)
 
-    def _with_mean(self, pulled: Tensor, slopes: Tensor, s: Tensor, scale: Tensor) -> Tensor:
-        """(G delta / mu - s / (n mu^2)) dm/dx, in place of G delta dm/dx; a group stands for n / groups entries."""
-        if self.rescale:
-            factor, shift = scale.to(pulled.dtype), (-s * scale.square() / slopes.numel()).to(pulled.dtype)
-            for start, stop in _cuts(slopes.numel()):
-                pulled[start:stop].mul_(factor).addcmul_(slopes[start:stop], shift)
+    def _with_mean(self, pulled: Tensor, bells: Tensor, s: Tensor, scale: Tensor) -> Tensor:
+        """(G delta / mu - s / (n mu^2)) dm/dx, in place of G delta m (1 - m); a group stands for n / groups entries."""
+        if not self.rescale:
+            return pulled if self.mask.steepness == 1 else pulled.mul_(self.mask.steepness)
+        steep = scale * self.mask.steepness
+        factor, shift = steep.to(pulled.dtype), (-s * scale * steep / bells.numel()).to(pulled.dtype)
+        for start, stop in _cuts(bells.numel()):
+            pulled[start:stop].mul_(factor).addcmul_(bells[start:stop], shift)
         return pulled
 
 
-def _cuts(size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+def _scratch(size: int, like: Tensor) -> Tensor:
+    """Room for values that nobody keeps, flat.
+
+    On a CPU up to `KEPT` values stay for the next call: fresh pages, which the system clears one by one, cost as much there as
+    half of the mask.
+    """
+    if like.device.type != "cpu" or size > KEPT:
+        return like.new_empty(size)
+    kept: Tensor | None = getattr(_LOCAL, "scratch", None)
+    if kept is None or kept.dtype != like.dtype or kept.numel() < size:
+        with torch.inference_mode(False):  # it must be good for training later
+            _LOCAL.scratch = kept = torch.empty(size, dtype=like.dtype)
+    return kept[:size]
+
+
+def _cuts(size: int, step: int = CHUNK) -> list[tuple[int, int]]:
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _inverse(mean: Tensor) -> Tensor:

@@ -22,11 +22,54 @@ class Groups:
         count: K.
         make: `(start, stop, device)` -> the numbers of these entries, integers in [0, K).
         size: n, to keep all numbers as one byte each once they are asked for; None to make them anew each time.
+        run: length of the runs of entries with one number, where they come as 0, 0, ..., 1, 1, ..., K - 1, K - 1, ... and
+            again from 0 on: rows and columns, whose values are spread by broadcasting instead of being looked up; else None.
     """
 
-    def __init__(self, count: int, make: Callable[[int, int, torch.device], Tensor], size: int | None = None) -> None:
-        self.count, self._make, self._size = count, make, size
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[int, int, torch.device], Tensor],
+        size: int | None = None,
+        run: int | None = None,
+    ) -> None:
+        self.count, self._make, self._size, self.run = count, make, size, run
         self._numbers: Tensor | None = None
+
+    def step(self, most: int) -> int:
+        """How many entries to take at a time, at most `most`, so that `spread` and `collect` need no look-up."""
+        if self.run is None or self.run > most:
+            return most
+        period = self.run * self.count
+        unit = period if period <= most else self.run
+        return most // unit * unit
+
+    def _shape(self, start: int, count: int) -> tuple[int, int, int] | None:
+        """(repetitions, numbers, run) of entries that begin and end with runs, and within or with periods; else None."""
+        if self.run is None or start % self.run or count % self.run:
+            return None
+        period = self.run * self.count
+        if start % period == 0 and count % period == 0:
+            return count // period, self.count, self.run
+        inside = start // period == (start + count - 1) // period
+        return (1, count // self.run, self.run) if inside else None
+
+    def spread(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """values[pi(e)] of the entries [start, stop), to be read only: `[stop - start]`."""
+        shape = self._shape(start, stop - start)
+        if shape is None or self.run is None:
+            return values[self.part(start, stop, values.device)]
+        first = start // self.run % self.count
+        return values[first : first + shape[1]].view(1, -1, 1).expand(shape).reshape(-1)
+
+    def collect(self, total: Tensor, part: Tensor, start: int) -> None:
+        """total[k] += the sum of part[e] over the entries of group k, in place; `part` begins at the entry `start`."""
+        shape = self._shape(start, part.numel())
+        if shape is None or self.run is None:
+            total.index_add_(0, self.part(start, start + part.numel(), part.device), part.to(total.dtype))
+            return
+        first = start // self.run % self.count
+        total[first : first + shape[1]] += part.view(shape).sum((0, 2), dtype=total.dtype)
 
     def part(self, start: int, stop: int, device: torch.device) -> Tensor:
         """`[stop - start]` int64, each in [0, K)."""
@@ -40,7 +83,7 @@ class Groups:
         return self
 
     def __reduce__(self) -> Any:
-        return Groups, (self.count, self._make, self._size)
+        return Groups, (self.count, self._make, self._size, self.run)
 
 
 def along_axis(geometry: Any, axis: int, length: int = 1) -> dict[str, Any]:
@@ -60,7 +103,8 @@ def groups_from(spec: Mapping[str, Any], shape: Sequence[int], keep: bool = Fals
     """
     count = spec["count"]
     if "axis" in spec:
-        return Groups(count, partial(along, tuple(shape), spec["axis"], spec["length"], spec["swapped"]))
+        place = tuple(shape), spec["axis"], spec["length"], spec["swapped"]
+        return Groups(count, partial(along, *place), run=_run(*place))
     return Groups(count, partial(partition, count, spec["seed"], spec["name"]), math.prod(shape) if keep else None)
 
 
@@ -89,6 +133,14 @@ def along(
     if axis == 1:
         return first % (shape[0] // swapped) // length
     return (first // (shape[0] // swapped) * shape[1] + place // math.prod(shape[2:]) % shape[1]) // length
+
+
+def _run(shape: tuple[int, ...], axis: int, length: int, swapped: int) -> int | None:
+    """Length of the runs of entries with one number along an axis; None where a convolution's groups break their order."""
+    if swapped > 1 and axis < 2:
+        return None
+    own = {0: 1, 1: 0}.get(axis, axis) if swapped else axis  # the axis of the module's layout
+    return math.prod(shape[own + 1 :]) * length
 
 
 def partition(parts: int, seed: int, name: str, start: int, stop: int, device: torch.device | None = None) -> Tensor:

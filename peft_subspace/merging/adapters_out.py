@@ -136,8 +136,8 @@ def _way(plan: Plan) -> Way:
     full = next((tensor.name for tensor in plan.tensors if _is_dense(tensor)), None)
     if asked in ("cat", "exact", "knots") and full is not None:
         raise RecipeError(
-            f"subspace.adapter.method: {asked} is for updates of low rank, and that of {full!r} is dense (of DoRA, of "
-            f"a stack of experts or of a dense task vector). Use `dense`, with a rank or an energy."
+            f"subspace.adapter.method: {asked} is for updates of low rank, and that of {full!r} is dense (masked, of "
+            f"DoRA, of a stack of experts or of a dense task vector). Use `dense`, with a rank or an energy."
         )
     if asked in ("cat", "exact"):
         return "cat" if asked == "cat" else "exact"
@@ -147,8 +147,8 @@ def _way(plan: Plan) -> Way:
 
 
 def _is_dense(tensor: TensorPlan) -> bool:
-    """Whether one of the updates of a tensor has no factors."""
-    return any(not isinstance(delta, LowRank) for model in tensor.models for delta in model.deltas)
+    """Whether one of the updates of a tensor has no factors, or loses them by a mask."""
+    return tensor.mask is not None or any(not isinstance(delta, LowRank) for model in tensor.models for delta in model.deltas)
 
 
 def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:

@@ -224,6 +224,7 @@ class _Run:
             self.plan.method, tensor.shape, source.read, tensor.options, tensor.per_model, name=tensor.draws_as,
             seed=subspace.seed, semantics=subspace.semantics, dtype=self.dtype, device=self.settings.device,
             chunk=self.chunk, as_delta=as_delta, learned=None if tensor.learned is None else tensor.learned.open(),
+            mask=None if tensor.mask is None else tensor.mask.open(),
         )  # fmt: skip
 
     def _finish(self, out: Tensor, tensor: TensorPlan) -> memoryview:

@@ -94,21 +94,26 @@ class Learned:
         raise InputError(f"{self.checkpoint.name}: its file has no tensor {key!r}. Save the adapter again.")
 
 
-def open_learned(reference: Reference, method: str) -> Learned:
+def open_learned(reference: Reference, method: str, key: str = "learned") -> Learned:
     """Open the adapter of a learned method.
+
+    Args:
+        reference: folder or Hub id.
+        method: that it was learned by.
+        key: of the recipe, under `subspace`, for messages.
 
     Raises:
         InputError: it is no adapter, one of another method, or one that does not say what it was learned with.
     """
     if reference.lora is not None:
-        raise RecipeError(f"subspace.learned: {reference} names two things; name the adapter alone.")
+        raise RecipeError(f"subspace.{key}: {reference} names two things; name the adapter alone.")
     path, commit = locate(reference.model, reference.revision)
     checkpoint = open_checkpoint(path, str(reference), commit)
     kind = checkpoint.config.get("peft_type") if checkpoint.kind == "adapter" else f"a {checkpoint.kind.replace('_', ' ')}"
     if kind != method.upper():
         raise InputError(
-            f"subspace.learned: {reference} is {kind}, and merge_method {method!r} replays a saved {method.upper()} adapter, "
-            f"the folder that `save_pretrained` wrote."
+            f"subspace.{key}: {reference} is {kind}, and a saved {method.upper()} adapter is expected, the folder that "
+            f"`save_pretrained` wrote."
         )
     provenance = checkpoint.config.get("provenance") or {}
     if not provenance.get("vectors") or not provenance.get("blocks"):
@@ -190,6 +195,18 @@ def _other(record: Mapping[str, Any], given: str, base: Reference) -> InputError
         f"the task vector {record['name']!r}: {given} is not the one that the numbers were learned with "
         f"({record['reference']}): its files have other sizes or hashes{with_base}. List the right one under `models`."
     )
+
+
+def open_mask(
+    recipe: Recipe, known: Mapping[str, TensorHeader], config: Mapping[str, Any]
+) -> tuple[Learned, Mapping[str, LearnedTensor]] | None:
+    """The adapter of `subspace.mask`, and name of a tensor of the base -> its mask there; None for a recipe without one."""
+    if recipe.subspace.mask is None:
+        return None
+    from .methods.registry import get
+
+    learned = open_learned(recipe.subspace.mask, "concrete", "mask")
+    return learned, learned_tensors(learned, get("concrete").learned_tensor, known, config).tensors
 
 
 # The tensors -------------------------------------------------------------------------------------------------------------

@@ -175,6 +175,7 @@ def card(plan: Plan, kind: str = "model") -> str:
         ("Base", f"`{_label(recipe.base_model)}`" if recipe.base_model else "none"),
         *(("Model", f"`{_label(entry.model)}`") for entry in recipe.merged_models),
         *([("Learned", f"`{_label(recipe.subspace.learned)}`")] if recipe.subspace.learned else []),
+        *([("Mask", f"`{_label(recipe.subspace.mask)}`")] if recipe.subspace.mask else []),
         ("Semantics", recipe.subspace.semantics),
         ("Seed", str(recipe.subspace.seed)),
         ("Made with", f"peft_subspace {__version__}"),

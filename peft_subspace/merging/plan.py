@@ -41,6 +41,7 @@ class TensorPlan:
         draws_as: the name that random numbers are drawn by: of the embedding, for a head that is tied to it.
         statistics: each model's statistics of this tensor, for the methods that need them.
         learned: what was learned for this tensor, for the methods that merge by that.
+        mask: what every difference is multiplied by before it is merged.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TensorPlan:
     draws_as: str = ""
     statistics: tuple[TensorHeader, ...] | None = None
     learned: LearnedTensor | None = None
+    mask: LearnedTensor | None = None
 
     @property
     def count(self) -> int:
@@ -69,7 +71,8 @@ class TensorPlan:
     def bytes_read(self) -> int:
         """Bytes that are read for it, in one pass."""
         given = ([] if self.base is None else [self.base]) + list(self.models)
-        more = (*(self.statistics or ()), *(self.learned.headers if self.learned is not None else ()))
+        learned = [one for one in (self.learned, self.mask) if one is not None]
+        more = (*(self.statistics or ()), *(header for one in learned for header in one.headers))
         return sum(header.nbytes for one in given for header in one.headers) + sum(header.nbytes for header in more)
 
 
@@ -97,6 +100,7 @@ class Plan:
         notes: what the user should know.
         untied: the result has an output head of its own, where the base shares it with the embedding.
         learned: the adapter that a learned method merges by.
+        mask: the adapter whose mask is applied before.
     """
 
     recipe: Recipe
@@ -109,6 +113,7 @@ class Plan:
     notes: tuple[str, ...]
     untied: bool = False
     learned: Learned | None = None
+    mask: Learned | None = None
 
     @property
     def method(self) -> Method:
@@ -122,10 +127,10 @@ class Plan:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Everything that is read: the base, the models, and the adapter of a learned method."""
+        """Everything that is read: the base, the models, and the adapters of what was learned."""
         sources = [*(() if self.base is None else (self.base,)), *self.sources]
-        adapter = () if self.learned is None else (self.learned.checkpoint,)
-        return (*(part for source in sources for part in source.checkpoints), *adapter)
+        adapters = (one.checkpoint for one in (self.learned, self.mask) if one is not None)
+        return (*(part for source in sources for part in source.checkpoints), *adapters)
 
     @property
     def files(self) -> dict[str, FileHeader]:

@@ -15,7 +15,7 @@ from ..task_vectors.models import Given, Source, extra_saved, given_by, open_sou
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
 from ..task_vectors.validate import OUTPUT_HEADS, declared_base, tied_head
 from .layout import make_layout
-from .learned import Learned, LearnedTensors, completed, learned_tensors
+from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, open_mask
 from .methods.registry import Method
 from .parameters import check_parameters, depths, resolve
 from .plan import Equal, Plan, TensorPlan
@@ -88,6 +88,9 @@ class _Planner:
         self.untied = False
         self.statistics = open_statistics(recipe, method)
         self.found = None if learned is None else learned_tensors(learned, method.learned_tensor, self.known, self.config)
+        opened = open_mask(recipe, self.known, self.config)
+        self.mask = None if opened is None else opened[0]
+        self.masks: Mapping[str, LearnedTensor] = {} if opened is None else opened[1]
 
     def plan(self) -> Plan:
         own = open_base_tensors(self.reference)
@@ -113,7 +116,7 @@ class _Planner:
         checks = tuple(self.equal)
         return Plan(
             self.recipe, self.base, self.sources, names, tuple(tensors), layout, checks, tuple(self.notes), self.untied,
-            self.learned,
+            self.learned, self.mask,
         )  # fmt: skip
 
     def _given(self, source: Source) -> dict[str, Given]:
@@ -191,8 +194,9 @@ class _Planner:
         found = [tensors[name] for tensors in self.statistics if name in tensors]
         statistics = tuple(found) if found and len(found) == len(models) else None
         return TensorPlan(
-            name, header.shape, code, kept, tuple(models), "merge", options, tuple(per_model), partner, statistics, learned
-        )
+            name, header.shape, code, kept, tuple(models), "merge", options, tuple(per_model), partner, statistics, learned,
+            self.masks.get(name),
+        )  # fmt: skip
 
     def _with_whole(self, tensors: list[TensorPlan], found: LearnedTensors) -> list[TensorPlan]:
         """Modules that the adapter of a learned method trained whole, such as a head, in place of the base's or beside them."""

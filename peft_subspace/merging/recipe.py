@@ -117,6 +117,7 @@ class SubspaceOptions(Strict):
         align: permute the neurons of each model to fit the first before merging.
         learned: the saved adapter that a learned method merges by, a folder or a Hub id. It names the base and the models,
             which may be left out; where they are listed, they are checked by their hashes.
+        mask: a saved Concrete adapter whose mask is applied to every difference before it is merged, a folder or a Hub id.
     """
 
     semantics: Literal["mergekit", "peft", "paper"] = "mergekit"
@@ -131,6 +132,7 @@ class SubspaceOptions(Strict):
     shard_size: Annotated[int, BeforeValidator(as_bytes), Field(ge=1)] = 5 * 10**9
     align: Literal["weight_matching"] | None = None
     learned: ModelName | None = None
+    mask: ModelName | None = None
 
 
 class Recipe(Strict):
@@ -178,6 +180,7 @@ class Recipe(Strict):
                 if method.learned
                 else f"subspace.learned goes with methods that are learned, not with merge_method {self.merge_method!r}"
             )
+        self._check_mask(method)
         if method.learned:
             if self.subspace.align is not None:
                 raise ValueError("subspace.align changes the models, and what was learned belongs to them as they are")
@@ -192,6 +195,20 @@ class Recipe(Strict):
                 f"merge_method {self.merge_method!r} takes {accepted} models beside the base, and there are {others}"
             )
         return self
+
+    def _check_mask(self, method: registry.Method) -> None:
+        if self.subspace.mask is None:
+            return
+        if method.name == "concrete":
+            raise ValueError("subspace.mask goes with other methods: merge_method 'concrete' has the mask of subspace.learned")
+        if method.acts_on != "delta" or (self.base_model is None and not method.learned):
+            raise ValueError(
+                f"subspace.mask is for differences from a base_model, and merge_method {method.name!r} averages "
+                f"{'whole weights' if method.acts_on != 'delta' else 'models without a base'}. Use task_arithmetic, ties, or "
+                f"another method with a base"
+            )
+        if self.subspace.align is not None:
+            raise ValueError("subspace.align changes the models, and a mask belongs to them as they are")
 
     @property
     def method(self) -> registry.Method:
@@ -214,6 +231,8 @@ class Recipe(Strict):
             table["base_model"] = str(self.base_model)
         if self.subspace.learned is not None:
             table["subspace"]["learned"] = str(self.subspace.learned)
+        if self.subspace.mask is not None:
+            table["subspace"]["mask"] = str(self.subspace.mask)
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_subspace import ConcreteConfig
+from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.merging import execute, make_plan, merge, verify
 from peft_subspace.merging.recipe import make_recipe
-from peft_subspace.task_vectors.errors import InputError
+from peft_subspace.task_vectors.errors import InputError, RecipeError
 from tests.merging.test_learned import learn
 from tests.merging.tiny import contents, read
 from tests.pico import MODELS
@@ -126,3 +126,113 @@ def test_masks_of_another_size_and_without_values(packed: bool, tmp_path: Path) 
         save_file({**tensors, key: torch.full_like(tensors[key], torch.nan)}, path, metadata={"format": "pt"})
         with pytest.raises(InputError, match="not finite"):
             merge(recipe(tmp_path), tmp_path / "out")
+
+
+# A mask before other methods ---------------------------------------------------------------------------------------------
+
+
+def masked(folder: Path, method: str, models: Any, mask: bool, **more: Any) -> dict[str, Any]:
+    subspace = {"mask": str(folder / "adapter")} if mask else {}
+    return {
+        "merge_method": method, "base_model": str(folder / "base"), "models": [{"model": str(path)} for path in models],
+        "subspace": {**subspace, **more.pop("subspace", {})}, **more,
+    }  # fmt: skip
+
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "task arithmetic": ("task_arithmetic", {}),
+    "TIES, rows": ("ties", {"parameters": {"density": 0.4}}),
+    "TIES, the whole model": ("ties", {"parameters": {"density": 0.4}, "subspace": {"semantics": "paper"}}),
+    "DARE": ("dare_linear", {"parameters": {"density": 0.5}}),
+    "DELLA": ("della", {"parameters": {"density": 0.5}}),
+    "matrices": ("tsv_m", {}),
+    "wide sums": ("task_arithmetic", {"subspace": {"compute_dtype": "float64"}}),
+}
+
+
+@pytest.mark.parametrize(("method", "more"), METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("fields", ["mean", "sample", "packed", "row", "some parameters left out"])
+def test_a_mask_before_a_method_is_that_method_on_masked_vectors(
+    method: str, more: dict[str, Any], fields: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "TILE", 4096)
+    monkeypatch.setattr(execute.Settings, "chunk", 4096)
+    given = FIELDS[fields] | ({"exclude_modules": ["wte", "lm_head"]} if fields == "row" else {})
+    learn_dense(tmp_path, "gpt2", **given)
+    plain = [tmp_path / f"v{k}.safetensors" for k in range(3)]
+    base = type(MODELS["gpt2"].model()).from_pretrained(tmp_path / "base")
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    written = list(model.base_model.save_masked_vectors(tmp_path / "masked").values())
+    for path, own in zip(plain, written, strict=True):  # what is not masked stays as it is, and is not in the files
+        tensors = load_file(own)
+        write_vector(path, {name: value for name, value in load_file(path).items() if name in tensors})
+    found = read(merge(masked(tmp_path, method, plain, True, **more), tmp_path / "out"))
+    wanted = read(merge(masked(tmp_path, method, written, False, **more), tmp_path / "wanted"))
+    assert found.keys() == wanted.keys()
+    # sums in float64 see the masked difference before the file rounds it to float32
+    tolerance = (
+        {"rtol": 2.0**-22, "atol": 2.0**-22} if more.get("subspace", {}).get("compute_dtype") else {"rtol": 0, "atol": 0}
+    )
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], **tolerance)
+    unmasked = read(merge(masked(tmp_path, method, plain, False, **more), tmp_path / "unmasked"))
+    assert any(not torch.equal(tensor, unmasked[name]) for name, tensor in found.items())
+    verify(tmp_path / "out")
+
+
+def test_a_mask_before_learned_coefficients(tmp_path: Path) -> None:
+    learn_dense(tmp_path, "llama")
+    (tmp_path / "adapter").rename(tmp_path / "mask")
+    pool = {f"v{k}": str(tmp_path / f"v{k}.safetensors") for k in range(3)}
+    base = type(MODELS["llama"].model()).from_pretrained(tmp_path / "base")
+    mask = PeftModel.from_pretrained(base, tmp_path / "mask").base_model
+    paths = mask.save_masked_vectors(tmp_path / "masked")
+    base = type(MODELS["llama"].model()).from_pretrained(tmp_path / "base")
+    start = dict(zip(pool, (0.2, 0.5, -0.3), strict=True))
+    model = get_peft_model(base, AtlasConfig(pool=pool, base=str(tmp_path / "base"), init=start))
+    model.save_pretrained(tmp_path / "adapter")
+    base = type(MODELS["llama"].model()).from_pretrained(tmp_path / "base")
+    wanted = get_peft_model(base, AtlasConfig(pool=paths, base=str(tmp_path / "base"), init=start)).merge_and_unload()
+    asked = {"merge_method": "atlas", "subspace": {"learned": str(tmp_path / "adapter"), "mask": str(tmp_path / "mask")}}
+    state = wanted.state_dict()
+    for name, tensor in read(merge(asked, tmp_path / "out")).items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merge_method": "linear"}, "differences from a base_model, and merge_method 'linear' averages whole weights"),
+        ({"subspace": {"align": "weight_matching"}}, "a mask belongs to them as they are"),
+        ({"merge_method": "concrete", "subspace": {"learned": "x"}}, "has the mask of subspace.learned"),
+    ],
+)
+def test_a_mask_that_does_not_go_with_a_recipe(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    asked = masked(tmp_path, "ties", ["a", "b"], True)
+    asked = {**asked, **change, "subspace": {**asked["subspace"], **change.get("subspace", {})}}
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        make_recipe(asked)
+
+
+def test_a_mask_that_is_none(tmp_path: Path) -> None:
+    learn_dense(tmp_path, "llama")
+    asked = masked(tmp_path, "ties", [tmp_path / f"v{k}.safetensors" for k in range(3)], True)
+    asked["subspace"]["mask"] = str(tmp_path / "v0.safetensors")
+    with pytest.raises(InputError, match=r"subspace\.mask: .* is a task vector, and a saved CONCRETE adapter is expected"):
+        make_plan(make_recipe(asked))
+
+
+def test_a_masked_adapter_is_written_by_its_leading_directions(tmp_path: Path) -> None:
+    """A mask of entries leaves no factors: an exact sum of factors would leave the mask out."""
+    learn(tmp_path, "llama", low_rank=True, kind=ConcreteConfig)
+    models = [tmp_path / f"lora{k}" for k in range(2)]
+    asked = masked(tmp_path, "task_arithmetic", models, True, subspace={"output": "adapter", "adapter": {"method": "exact"}})
+    with pytest.raises(RecipeError, match="is dense \\(masked"):
+        merge(asked, tmp_path / "out")
+    asked["subspace"]["adapter"] = {"rank": 64}
+    merge(asked, tmp_path / "out")
+    whole = read(merge({**asked, "subspace": {"mask": asked["subspace"]["mask"]}}, tmp_path / "model"))
+    base: Any = type(MODELS["llama"].model()).from_pretrained(tmp_path / "base")
+    own = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().state_dict()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(own[name], tensor, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,18 @@ class ReplayedMask:
     def part(self, start: int, stop: int) -> Tensor:
         """m of the entries [start, stop)."""
         if self.groups is None or self.values is None:
-            return self.mask.part(start, stop)
-        return self.values[self.groups.part(start, stop, self.values.device)]
+            first = start // 8 * 8  # where a byte of packed bits, and a draw of noise, begins
+            return self.mask.part(first, stop)[start - first :]
+        return self.groups.spread(self.values, start, stop)
+
+    def applied(self, deltas: Sequence[Tensor], start: int) -> list[Tensor]:
+        """m / mean(m) * tau_t of tiles that begin at the entry `start`, in any shape: as `save_masked_vectors` has it."""
+        if not deltas:
+            return []
+        like = deltas[0]
+        m = self.part(start, start + like.numel()).to(like).view(like.shape)
+        scale = self.scale.to(like)
+        return [(delta * m).mul_(scale) for delta in deltas]
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Job:
         chunk: Elements to read at a time, rounded to whole blocks or rows. "matrix" methods read the whole tensor.
         as_delta: Give the merged delta, without the base.
         learned: What was learned for this tensor, for methods that merge by that.
+        mask: `applied(deltas, start)` gives the masked tiles of all differences from element `start` on; None for no mask.
     """
 
     method: Method
@@ -73,6 +74,7 @@ class Job:
     chunk: int = CHUNK
     as_delta: bool = False
     learned: Any = None
+    mask: Any = None
 
     @property
     def count(self) -> int:
@@ -113,6 +115,8 @@ def _inputs(job: Job, kind: Kind, settled: Inputs, part: Part, start: int, lengt
             own = value.dtype != tensor.dtype  # converted: a tensor that nobody else has
             value = (value.sub_ if own else value.sub)(base) if wants_delta else (value.add_ if own else value.add)(base)
         tensors.append(value)
+    if job.mask is not None:
+        tensors = job.mask.applied(tensors, start)
     statistics = part.statistics
     if statistics is not None and kind != "matrix":
         statistics = [tile(statistic) for statistic in statistics]
