@@ -10,6 +10,7 @@ Llama-like model with all linear layers of its blocks as blocks; the order rotat
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -118,9 +119,9 @@ def functional(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:
     return Functional(model, [folder / f"dense-{t}.safetensors" for t in range(4)])
 
 
-def mask(workload: Workload, model: nn.Module, folder: Path) -> nn.Module:
-    """The official way of Concrete with four vectors."""
-    return FunctionalMask(model, [folder / f"dense-{t}.safetensors" for t in range(4)])
+def mask(count: int) -> Callable[[Workload, nn.Module, Path], nn.Module]:
+    """The official way of Concrete."""
+    return lambda workload, model, folder: FunctionalMask(model, [folder / f"dense-{t}.safetensors" for t in range(count)])
 
 
 ROWS: dict[str, tuple[str, Callable[[Workload, nn.Module, Path], nn.Module]]] = {
@@ -141,7 +142,8 @@ ROWS: dict[str, tuple[str, Callable[[Workload, nn.Module, Path], nn.Module]]] = 
     ),
     "concrete-4-row": ("Concrete on 4 dense vectors, a logit a row", concrete("dense", 4, granularity="row")),
     "concrete-lora-4-rank": ("Concrete on directions of 4 LoRA vectors", concrete("lora", 4, granularity="rank")),
-    "mask-4": ("Concrete on 4 dense vectors as its official code computes it", mask),
+    "mask-4": ("Concrete on 4 dense vectors as its official code computes it", mask(4)),
+    "mask-16": ("Concrete on 16 dense vectors as its official code computes it", mask(16)),
     "functional-4": ("4 dense vectors, composed as in the official code", functional),
 }
 
@@ -200,7 +202,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         row["eval_to_base"] = asdict(Spread.of_ratio(row["eval_ms"], found["base"]["eval_ms"]))
         row["bytes_to_full"] = row["bytes_saved"] / found["full"]["bytes_saved"]
     settings = {"rounds": args.rounds, "steps": args.steps, "layers": args.layers, "quick": args.quick, "dtype": args.dtype}
-    return {**measure.environment(device), "settings": settings, "rows": found}
+    entries = sum(workload.model.get_submodule(name).weight.numel() for name in workload.shape.targets(workload.model))
+    return {**measure.environment(device), "settings": settings, "entries": entries, "rows": found}
 
 
 def _workload(args: argparse.Namespace) -> Workload:
@@ -212,7 +215,9 @@ def _peak(name: str, args: argparse.Namespace, folder: Path) -> int | None:
     """Growth of the resident set over two steps, in a process of its own whose vectors are loaded."""
     options = ["--layers", str(args.layers), "--dtype", args.dtype, "--peak-of", name, "--folder", str(folder)]
     command = [sys.executable, str(Path(__file__).resolve()), *options, *(["--quick"] if args.quick else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # the allocator gives everything back at once: else the peak is that of its own holes
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     value = done.stdout.split()[-1]
     return None if value == "None" else int(value)
 
@@ -220,7 +225,7 @@ def _peak(name: str, args: argparse.Namespace, folder: Path) -> int | None:
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the table."""
     table = Table(title=" ".join(f"{key}={value}" for key, value in report["settings"].items()), title_justify="left")
-    for column in ("row", "step ms", "step / full", "eval / base", "saved MB", "saved / full", "peak MB"):
+    for column in ("row", "step ms", "step / full", "eval / base", "saved MB", "saved / full", "peak MB", "peak B / entry"):
         table.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
     for name, row in report["rows"].items():
         peak = row["peak_bytes"]
@@ -232,6 +237,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"{row['bytes_saved'] / 1e6:.2f}",
             f"{row['bytes_to_full']:.3f}",
             "-" if peak is None else f"{peak / 1e6:.0f}",
+            "-" if peak is None else f"{peak / report['entries']:.1f}",
         )
     console.print(table)
 
