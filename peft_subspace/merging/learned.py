@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..task_vectors.bundles import check_bundle, file_of
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.headers import TensorHeader
 from ..task_vectors.models import Source, open_source
@@ -149,6 +150,11 @@ def _of_pool(learned: Learned, base: Reference) -> list[Reference]:
     pool, own = learned.config.get("pool") or {}, open_source(base)
     found = []
     for record in learned.records:
+        file = file_of(record)
+        if file is not None and (learned.checkpoint.folder / file).is_file():
+            check_bundle(learned.checkpoint.folder / file, record)
+            found.append(Reference(str(learned.checkpoint.folder / file)))
+            continue
         given = pool.get(record["name"], record["reference"])
         given = {key: value for key, value in given.items() if key != "base"} if isinstance(given, dict) else given
         reference = Reference.parse(given)
