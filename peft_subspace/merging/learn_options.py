@@ -193,8 +193,10 @@ def data_place(task: TaskOptions) -> str:
     """Where the rows of a task are, for messages and logs.
 
     Raises:
-        RecipeError: a file of another kind.
+        RecipeError: a file of another kind, or none.
     """
+    if not os.path.exists(task.data) and os.path.splitext(task.data)[1] in FILES:
+        raise RecipeError(f"task {task.name!r}: data: there is no file {task.data}.")
     extra = "".join(f", {part}" for part in (task.subset, task.split) if part)
     if os.path.isfile(task.data) and os.path.splitext(task.data)[1] not in FILES:
         raise RecipeError(f"task {task.name!r}: data: {task.data} is a file, and {', '.join(FILES)} are read.")

@@ -292,6 +292,7 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
         ({**wide, "head": write_head(tmp_path, 5)}, r"the label 7 is no number of a class: the head has 5 classes"),
         ({**one, "data": str(tmp_path / "words.jsonl")}, r"the label 'good' is none of \['LABEL_0', 'LABEL_1', 'LABEL_2'\]"),
         ({**one, "data": str(tmp_path / "broken.jsonl")}, r"task 'a': the data .*broken\.jsonl cannot be read"),
+        ({**one, "data": str(tmp_path / "lost.csv")}, r"task 'a': data: there is no file .*lost\.csv"),
         ({**one, "data": str(tmp_path / "notes.txt")}, r"is a file, and \.jsonl, \.json, \.csv, \.parquet are read"),
     ]
     for task, message in cases:
@@ -300,6 +301,15 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
         assert not list(tmp_path.glob("out*"))
     with pytest.raises(RecipeError, match=r"subspace\.learn\.config: granularity='rows' is not known"):
         merge(recipe(tmp_path, config={"granularity": "rows"}), tmp_path / "out")
+
+
+def test_a_head_that_does_not_run_on_the_base(tmp_path: Path) -> None:
+    """BERT's head reads the pooler, which this base lacks."""
+    classifiers(tmp_path)
+    base = tf.AutoModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"task 'a': its head does not run on the encoder of .*base"):
+        merge(recipe(tmp_path), tmp_path / "out")
 
 
 def test_answers_that_begin_alike(tmp_path: Path) -> None:
