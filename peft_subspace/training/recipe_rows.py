@@ -123,15 +123,16 @@ class Inputs:
         folder: of the base, with its tokenizer or image processor.
         name: of the base, for messages.
         config: of the base.
+        takes_positions: whether the model takes `position_ids`.
 
     Raises:
         InputError: the base has no tokenizer or no image processor.
     """
 
-    def __init__(self, task: TaskOptions, folder: Path, name: str, config: Any) -> None:
+    def __init__(self, task: TaskOptions, folder: Path, name: str, config: Any, takes_positions: bool = False) -> None:
         import transformers
 
-        self.task, self.config = task, config
+        self.task, self.config, self.takes_positions = task, config, takes_positions
         self.classes: int | None = None
         self.class_names: list[str] = []
         cls = "AutoImageProcessor" if task.image is not None else "AutoTokenizer"
@@ -167,8 +168,10 @@ class Inputs:
             labels: whether `labels` are wanted.
         """
         found = self._images(rows) if self.task.image is not None else self._texts(rows)
-        if self.config.is_encoder_decoder and self.task.answers is not None:
+        if self.task.answers is not None and self.config.is_encoder_decoder:
             found["decoder_input_ids"] = torch.full((len(rows), 1), self.config.decoder_start_token_id)
+        elif self.task.answers is not None and self.takes_positions:  # the first token is at 0, whatever is padded before it
+            found["position_ids"] = (found["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         if labels:
             found[LABELS] = torch.tensor([self._class(row[self.task.label or ""]) for row in rows])
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -53,12 +54,19 @@ class Built:
         model.name_or_path = base.model
         self.encoder = model if kind == "answers" or not self.answers_itself else model.base_model
         self.base_config = model.config
-        self.model: Any = get_peft_model(model, config).to(device).eval()
+        self.takes_positions = "position_ids" in signature(type(model).forward).parameters
+        try:
+            self.model: Any = get_peft_model(model, config).to(device).eval()
+        except InputError as error:
+            own_heads = kind != "answers" and self.answers_itself
+            hint = f" If the models have heads of other classes than {base}, name its encoder alone as base_model: "
+            hint += "AutoModel.from_pretrained(BASE).save_pretrained(FOLDER)."
+            raise InputError(f"{error}{hint if own_heads else ''}") from error
         self.looks: dict[str, Any] = {}
         self.tasks = [self._task(task) for task in options.tasks]
 
     def _task(self, task: TaskOptions) -> Task:
-        inputs = Inputs(task, self.folder, str(self.base), self.base_config)
+        inputs = Inputs(task, self.folder, str(self.base), self.base_config, self.takes_positions)
         head = task.head if self.answers_itself else task.head or self.vectors.get(task.name)
         if task.answers is not None:
             tokens = inputs.answer_tokens()

@@ -101,7 +101,9 @@ def writers(folder: Path, encoder_decoder: bool = False) -> None:
         config: Any = tf.T5Config(**sizes, decoder_start_token_id=0, initializer_factor=1.0)
         make: Any = tf.T5ForConditionalGeneration
     else:
-        config, make = tf.LlamaConfig(**COMMON, num_key_value_heads=2, tie_word_embeddings=False), tf.LlamaForCausalLM
+        sizes = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
+        config = tf.GPT2Config(**sizes, initializer_range=0.2, tie_word_embeddings=False)
+        make = tf.GPT2LMHeadModel
     base = make(config)
     base.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")

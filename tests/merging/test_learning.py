@@ -26,7 +26,7 @@ from peft_subspace.merging.learn_options import CONFIGS
 from peft_subspace.merging.recipe import make_recipe
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
 from peft_subspace.training import MergeTrainer
-from tests.merging.learn_cases import CLASSES, classifiers, recipe, write_head, write_rows, writers
+from tests.merging.learn_cases import CLASSES, COMMON, WORDS, classifiers, recipe, write_head, write_rows, writers
 from tests.merging.tiny import contents, read
 
 pytestmark = [
@@ -116,6 +116,14 @@ def test_a_base_with_a_head_composes_it_too(tmp_path: Path) -> None:
     assert not torch.equal(read(tmp_path / "out")["classifier.weight"], read(tmp_path / "base")["classifier.weight"])
 
 
+def test_a_base_with_a_head_of_other_classes_says_what_to_do(tmp_path: Path) -> None:
+    classifiers(tmp_path)
+    torch.manual_seed(0)
+    tf.BertForSequenceClassification(tf.BertConfig(**COMMON, num_labels=7)).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"(?s)classifier\.weight.*name its encoder alone as base_model: AutoModel"):
+        merge(recipe(tmp_path), tmp_path / "out")
+
+
 @pytest.mark.parametrize("encoder_decoder", [False, True])
 def test_models_that_write(encoder_decoder: bool, tmp_path: Path) -> None:
     """The entropy is over the answers alone; labels may be the answers themselves."""
@@ -124,12 +132,20 @@ def test_models_that_write(encoder_decoder: bool, tmp_path: Path) -> None:
     shared = {"text": "w1 {text} w2", "answers": ["yes", "no", "maybe"]}
     tasks = [{"name": "one", "data": str(tmp_path / "a.jsonl"), **shared}]
     tasks.append({"name": "two", "data": str(tmp_path / "c.jsonl"), "label": "label", "held_out": 4, **shared})
-    merge(recipe(tmp_path, tasks=tasks), tmp_path / "out")
+    merge(recipe(tmp_path, tasks=tasks, eval_batches=100), tmp_path / "out")
     cls = tf.AutoModelForSeq2SeqLM if encoder_decoder else tf.AutoModelForCausalLM
     check_merged(tmp_path, cls.from_pretrained(tmp_path / "base"))
     found = record(tmp_path)["start"]
-    assert all(0 < value < 1.0987 for value in found["loss"].values())  # ln 3
     assert found["metrics"].keys() == {"accuracy on two"}
+    model, tokenizer = cls.from_pretrained(tmp_path / "base").eval(), tf.AutoTokenizer.from_pretrained(tmp_path / "base")
+    own, words = [], [WORDS.index(word) for word in shared["answers"]]
+    for line in (tmp_path / "a.jsonl").read_text().splitlines():  # one by one, without padding
+        given = tokenizer(f"w1 {json.loads(line)['text']} w2", return_tensors="pt")
+        start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if encoder_decoder else {}
+        with torch.no_grad():
+            logits = model(**given, **start).logits[0, -1, words]
+        own.append(float(torch.distributions.Categorical(logits=logits).entropy()))
+    assert found["loss"]["one"] == pytest.approx(sum(own) / len(own), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "saved"])
