@@ -106,26 +106,33 @@ def forever(rows: Rows, shuffle: random.Random) -> Iterator[tuple[Tensor, Tensor
 class Bench:
     """One task and seed: its rows, its probe and the pool of the others, whose vectors are held once."""
 
+    matrices: Any = ("query", "key", "value", "dense")  # what LoRA adapts
+
     def __init__(self, folder: Path, task: str, seed: int) -> None:
-        self.task: Task = load_task(task, seed, ROWS, HELD_OUT, TEST, TOKENS)
         self.seed, self.held = seed, None
-        others = {name: min(seed, 2) for name in TASKS if name != task}  # there are single-task models of seeds 0 to 2
-        self.pool = {name: str(_single(folder, name, number) / "encoder") for name, number in others.items()}
+        self.task, self.pool, self.base_path = self.open(folder, task, min(seed, 2))  # there are models of seeds 0 to 2
+        self.base = self.classifier()
+
+    def open(self, folder: Path, task: str, number: int) -> tuple[Task, dict[str, str], str]:
+        """The rows, the models of the other tasks, and where their base is."""
+        pool = {name: str(_single(folder, name, number) / "encoder") for name in TASKS if name != task}
+        return load_task(task, self.seed, ROWS, HELD_OUT, TEST, TOKENS), pool, assets.model_path("minilm")
+
+    def classifier(self) -> Classifier:
+        """The base with a head."""
         encoder: Any = new_model(self.task.classes).bert
-        self.base = Classifier(encoder.eval(), self.task.classes)
-        self.encoded = {"train": encoded(self.base, self.task.train)}
+        return Classifier(encoder.eval(), self.task.classes)
 
     def model(self, method: str, count: int) -> Classifier:
         """The base with an adapter that changes nothing yet, and the linear probe of `count` shots a class for a head."""
         torch.manual_seed(self.seed)
-        encoder: Any = new_model(self.task.classes).bert.eval()
-        model = Classifier(encoder, self.task.classes)
+        model = self.classifier()
+        encoder: Any = model.encoder
         probe(model.head, *encoded(self.base, shots(self.task.train, self.task.classes, count)))
         if method == "lora":
-            targets = ["query", "key", "value", "dense"]
-            model.encoder = get_peft_model(encoder, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+            model.encoder = get_peft_model(encoder, LoraConfig(r=8, lora_alpha=16, target_modules=self.matrices))
         elif method not in ("probe", "none"):
-            config = AtlasConfig(pool=self.pool, base=assets.model_path("minilm"))
+            config = AtlasConfig(pool=self.pool, base=self.base_path)
             model.encoder = self.held = get_peft_model(encoder, config)  # held: the next one takes its vectors from memory
         return model
 
@@ -209,10 +216,10 @@ def _trusted(model: Classifier, numbered: Rows) -> tuple[Tensor, Tensor]:
 
 
 class Runs:
-    """What has run, in a file of lines."""
+    """What has run, in a file of lines; what has not is run by a `Bench`, and rates are chosen on one task."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
-        self.path, self.folder = path, folder
+    def __init__(self, path: Path, folder: Path, bench: type[Bench] = Bench, swept: str = SWEPT) -> None:
+        self.path, self.folder, self.make, self.swept = path, folder, bench, swept
         lines = path.read_text().splitlines() if path.exists() else []
         self.done = {self._key(run): run for run in map(json.loads, lines)}
         self.bench: Bench | None = None
@@ -226,7 +233,7 @@ class Runs:
         key = (task, method, count, rate, seed, hold_out)
         if key not in self.done:
             if self.bench is None or (self.bench.task.name, self.bench.seed) != (task, seed):
-                self.bench = Bench(self.folder, task, seed)
+                self.bench = self.make(self.folder, task, seed)
             self.done[key] = self.bench.run(method, count, rate, hold_out)
             with self.path.open("a") as sink:
                 sink.write(json.dumps(self.done[key]) + "\n")
@@ -238,7 +245,7 @@ class Runs:
         count = 16 if method in AT_TEST_TIME else 4
         if len(RATES[method]) == 1:
             return RATES[method][0]
-        scores = {r: self.get(SWEPT, method, count, r, SWEEP_SEED, True)["accuracy"] for r in RATES[method]}
+        scores = {r: self.get(self.swept, method, count, r, SWEEP_SEED, True)["accuracy"] for r in RATES[method]}
         return max(scores, key=lambda rate: scores[rate])
 
 

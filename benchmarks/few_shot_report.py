@@ -1,4 +1,4 @@
-"""Table and picture of `few_shot.py`."""
+"""Table and picture of `few_shot.py` and `few_shot_images.py`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _cell(entry: dict[str, Any] | None) -> str:
     return f"{100 * entry['mean']:.1f}" + (f" ± {100 * deviation:.1f} ({seeds})" if seeds > 1 else " (1)")
 
 
-def report(runs: Sequence[dict[str, Any]], folder: Path) -> None:
+def report(runs: Sequence[dict[str, Any]], folder: Path, name: str = "few-shot") -> None:
     """Print the table, write `few-shot.json`, draw `few-shot.png`."""
     entries = summary(runs)
     pairs = [("atlas", "probe"), ("atlas", "lora"), ("lora", "probe"), ("entropy", "none"), ("ufm", "none"), ("ufm", "entropy")]
@@ -73,18 +73,21 @@ def report(runs: Sequence[dict[str, Any]], folder: Path) -> None:
         cells = [_cell(at.get((task, method, shots))) for task in tasks]
         table.add_row(LABELS[method], str(shots), *cells)
     Console(width=100).print(table)
-    for name, counts in compared.items():
-        print(f"{name}: {counts['above']} above, {counts['level']} level, {counts['below']} below")
-    (folder / "few-shot.json").write_text(json.dumps({"entries": entries, "compared": compared}, indent=1) + "\n")
-    draw(at, tasks, folder / "few-shot.png")
+    compared = {pair: counts for pair, counts in compared.items() if any(counts.values())}
+    for pair, counts in compared.items():
+        print(f"{pair}: {counts['above']} above, {counts['level']} level, {counts['below']} below")
+    (folder / f"{name}.json").write_text(json.dumps({"entries": entries, "compared": compared}, indent=1) + "\n")
+    draw(at, tasks, folder / f"{name}.png")
 
 
 def draw(at: dict[tuple[Any, ...], dict[str, Any]], tasks: Sequence[str], path: Path) -> None:
     """Accuracy against shots for every task, and before and after adaptation at test time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * (len(tasks) + 1), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(tasks) + 1)
+    adapted = [method for method in ("none", "entropy", "ufm") if any(key[1] == method for key in at)]
+    panels = len(tasks) + bool(adapted)
+    figure = Figure(figsize=(3.4 * panels, 3.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     for panel, task in zip(axes, tasks, strict=False):
         for method in ("probe", "lora", "atlas"):
             found = sorted((e for (t, m, _), e in at.items() if (t, m) == (task, method)), key=lambda e: e["shots"])
@@ -93,7 +96,7 @@ def draw(at: dict[tuple[Any, ...], dict[str, Any]], tasks: Sequence[str], path: 
         panel.set(title=task, xscale="log", xlabel="shots of each class", ylabel="accuracy, %")
         panel.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes[0].legend()
-    for number, method in enumerate(("none", "entropy", "ufm")):
+    for number, method in enumerate(adapted):
         found = [at[task, method, 16] for task in tasks if (task, method, 16) in at]
         places = [place + 0.27 * (number - 1) for place in range(len(found))]
         axes[-1].bar(
@@ -103,7 +106,8 @@ def draw(at: dict[tuple[Any, ...], dict[str, Any]], tasks: Sequence[str], path: 
             yerr=[100 * (e["deviation"] or 0.0) for e in found],
             label=LABELS[method],
         )
-    axes[-1].set(title="at test time, unlabelled", ylabel="accuracy, %")
-    axes[-1].set_xticks(range(len(tasks)), tasks)
-    axes[-1].legend(fontsize=7)
+    if adapted:
+        axes[-1].set(title="at test time, unlabelled", ylabel="accuracy, %")
+        axes[-1].set_xticks(range(len(tasks)), tasks)
+        axes[-1].legend(fontsize=7)
     figure.savefig(path, dpi=110)

@@ -5,7 +5,8 @@
 
 Three text tasks are fine-tuned whole; their differences from MiniLM are the task vectors. For TREC one coefficient for each
 vector and parameter tensor is learned, and a head. The saved adapter has those numbers and the head; `peft-subspace merge`
-makes the model out of it, the base and the pool, without data and without PEFT.
+makes the model out of it, the base and the pool, without data and without PEFT. At the end a recipe alone does the learning: it
+has the questions, and the head.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import yaml
 from accelerate.utils import set_seed
 from compress import accuracy, arguments
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
 
 import peft_subspace
@@ -80,7 +82,8 @@ def main() -> None:
     # 2. coefficients and a head for TREC, from a few labels
     task = assets.dataset("trec")
     classes = task["train"].features["label"].num_classes
-    train = tokens(few_of_each(task["train"].shuffle(seed=options.seed), options.shots))
+    shots = few_of_each(task["train"].shuffle(seed=options.seed), options.shots)
+    train = tokens(shots)
     test = tokens(task["test"].shuffle(seed=0).select(range(min(options.test_rows, len(task["test"])))))
     config = AtlasConfig(
         pool={name: str(folder / name) for name in POOL},
@@ -118,10 +121,32 @@ def main() -> None:
         raise SystemExit(code)
     merged = score(classifier(folder / "model", classes))
     torch.testing.assert_close(merged, learned, rtol=0, atol=1 / len(test))  # a rounding may turn one answer
+
+    # 5. a recipe that learns: coefficients for the head that is there now, from a file of questions
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, folder / "head.safetensors")
+    shots.to_json(folder / "shots.jsonl")
+    files = {"data": str(folder / "shots.jsonl"), "head": str(folder / "head.safetensors")}
+    learn = {
+        "loss": "cross_entropy",
+        "steps": options.steps,
+        "lr": 2e-2,
+        "eval_every": max(1, options.steps // 3),
+        "tasks": [{"name": "trec", "text": "text", "label": "label", "max_length": 48, **files}],
+    }
+    models = [{"model": str(folder / name)} for name in POOL]
+    recipe = {"merge_method": "atlas", "base_model": base, "models": models, "subspace": {"learn": learn}}
+    (folder / "learn.yaml").write_text(yaml.safe_dump(recipe))
+    if code := command(["merge", str(folder / "learn.yaml"), str(folder / "from-recipe"), "--overwrite"]):
+        raise SystemExit(code)
+    encoder = classifier(folder / "from-recipe", classes)
+    encoder.classifier.load_state_dict(head.state_dict())
+    by_recipe = score(encoder)
     size = (adapter / "adapter_model.safetensors").stat().st_size
     print(
-        f"accuracy on TREC from {options.shots} shots: {before:.3f} at the start, {learned:.3f} learned, {merged:.3f} merged; "
-        f"the adapter has {size / 1e3:.1f} kB; {folder / 'model'} and {folder / 'coefficients.png'} are ready"
+        f"accuracy on TREC from {options.shots} shots: {before:.3f} at the start, {learned:.3f} learned, {merged:.3f} merged, "
+        f"{by_recipe:.3f} by a recipe that learns; the adapter has {size / 1e3:.1f} kB; {folder / 'model'} and "
+        f"{folder / 'coefficients.png'} are ready"
     )
 
 

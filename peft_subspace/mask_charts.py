@@ -49,7 +49,7 @@ def draw_probabilities(probabilities: Mapping[str, Tensor], path: str | os.PathL
 
 
 def draw_history(history: Sequence[Look], path: str | os.PathLike[str]) -> None:
-    """Draw the entropy of every task over the steps, its mean, and the metrics, phase after phase.
+    """Draw the loss of every task over the steps, its mean, and the metrics, phase after phase.
 
     Args:
         history: of `MergeTrainer.train`.
@@ -66,10 +66,10 @@ def draw_history(history: Sequence[Look], path: str | os.PathLike[str]) -> None:
                 axes.axvline(before, color="#999999", linewidth=0.8)
         at.append(before + look.step)
         last = look
-    for name in history[0].entropy:
-        top.plot(at, [look.entropy[name] for look in history], linewidth=0.9, label=name)
+    for name in history[0].loss:
+        top.plot(at, [look.loss[name] for look in history], linewidth=0.9, label=name)
     top.plot(at, [look.mean for look in history], "k", label="mean")
-    top.set_ylabel("entropy, nats")
+    top.set_ylabel(f"{history[0].measure}, nats")
     top.legend(fontsize=7)
     for name in metrics:
         pairs = [(step, look.metrics[name]) for step, look in zip(at, history, strict=True) if name in look.metrics]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..base.geometry import Geometry, describe, describe_all, is_quantized
 from ..base.holders import has_children
 from ..base.targets import base_parameters, exact_targets
+from ..task_vectors.bundles import check_bundle
 from ..task_vectors.errors import InputError
 from ..task_vectors.pool import DTYPES, Entry, Pool, open_pool
 from ..task_vectors.provenance import check_records, same_value, value_of
@@ -76,7 +78,8 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
             f"exclude_pool={config.exclude_pool!r}: the file has coefficients of {names}, which go together. Set those of a "
             f"vector to zero instead, or train a new adapter without it."
         )
-    missing = [name for name in names if name not in config.pool]
+    bundled = config.bundled if config.is_from_file else {}
+    missing = [name for name in names if name not in config.pool and name not in bundled]
     if missing:
         raise ValueError(f"the pool has no task vectors {missing}, for which there are coefficients.")
     shapes, kinds, first = {}, {}, dict[int, list[str]]()
@@ -87,7 +90,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         first.setdefault(id(parameter), []).append(name)
     declared: Any = getattr(model, "config", None)
     entries = open_pool(
-        {name: config.pool[name] for name in names},
+        {name: bundled.get(name) or config.pool[name] for name in names},
         shapes,
         others={
             name.replace(".base_layer", "").replace(".original_module", "")
@@ -101,7 +104,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     if config.provenance is None or not config.is_from_file:  # a config may be put on one model after another
         config.provenance = {"vectors": [entry.record for entry in entries]}
     else:
-        check_records(config.provenance["vectors"], entries)
+        entries = _as_recorded(config.provenance["vectors"], entries, bundled)
     if config.strict:
         _check_pools_base(entries, model)
     for tied in first.values():  # files know a tied tensor by one of its names, and not all by the same
@@ -111,6 +114,19 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     pool = Pool(entries, DTYPES[config.vector_dtype], config.placement)
     sources = {name: next((n for n in tied if pool.covers(n)), name) for tied in first.values() for name in tied}
     return OpenedPool(pool, sources, kinds)
+
+
+def _as_recorded(records: list[dict[str, Any]], entries: list[Entry], bundled: dict[str, str]) -> list[Entry]:
+    """The entries, checked; one from the bundle stands for the vector that it was made of."""
+    given = {str(record["name"]): record for record in records}
+    found = []
+    for entry in entries:
+        if entry.name in bundled:
+            check_bundle(Path(bundled[entry.name]), given[entry.name])
+            entry = replace(entry, record=given[entry.name])
+        found.append(entry)
+    check_records(records, found)
+    return found
 
 
 def _kind(module: nn.Module, own: str, geometry: Geometry) -> str:

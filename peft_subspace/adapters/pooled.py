@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base import Geometry, SubspaceConfig, SubspaceModel
+from ..base.files import find_file
+from ..task_vectors import bundles
 from ..task_vectors.pool import DTYPES, reference_text
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR
 from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
@@ -33,6 +35,8 @@ class PooledConfig(SubspaceConfig):
         vector_dtype: in which dense vectors are kept: "float32" (exact), "bfloat16", or "float16" with a scale for each tensor.
         placement: "device" keeps dense vectors where the weights are, "cpu" in the host's memory, "disk" in their files.
         max_vector_bytes: refuse a pool that takes more memory.
+        bundle_vectors: write the vectors beside the coefficients on saving, as `vectors/NAME.safetensors`: what is loaded from
+            there needs no other place. May be set before the last saving alone.
         strict: refuse vectors with tensors that fit no parameter of the model or cannot be composed, and differences from
             another base than the model.
         provenance: filled in: hashes of the vectors and samples of the base; a file's are checked on loading.
@@ -43,6 +47,7 @@ class PooledConfig(SubspaceConfig):
     trainable_token_indices: ClassVar[dict[str, Any]] = {}
     opened: ClassVar[OpenedPool | None] = None  # of an instance, once it was put on a model
     block: ClassVar[str] = ""  # of the config of one weight: its name
+    bundled: ClassVar[dict[str, str]] = {}  # of a config that was read from a file: name -> the vector beside it
 
     pool: dict[str, Any] = field(default_factory=dict, metadata={"help": "Name -> task vector."})
     base: str | None = field(default=None, metadata={"help": "The base of whole models in the pool."})
@@ -51,6 +56,7 @@ class PooledConfig(SubspaceConfig):
     vector_dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32", metadata={"help": "Of dense vectors."})
     placement: Literal["device", "cpu", "disk"] = field(default="device", metadata={"help": "Where dense vectors are."})
     max_vector_bytes: int | None = field(default=None, metadata={"help": "Most memory that the pool may take."})
+    bundle_vectors: bool = field(default=False, metadata={"help": "Save the vectors with the coefficients."})
     strict: bool = field(default=True, metadata={"help": "Refuse vectors that do not fit whole."})
     provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in: hashes of vectors and base."})
 
@@ -96,7 +102,33 @@ class PooledConfig(SubspaceConfig):
     @property
     def summary(self) -> tuple[str, str]:
         """What a model card says in place of the ranks."""
-        return "Task vectors", ", ".join(f"{name} (`{reference_text(self.pool[name])}`)" for name in self.vector_names)
+        names = ", ".join(f"{name} (`{reference_text(self.pool[name])}`)" for name in self.vector_names)
+        records = (self.provenance or {}).get("vectors") or []
+        bundled = bool(records) and all(bundles.file_of(record) for record in records)
+        return "Task vectors", f"{names}; bundled in `{bundles.FOLDER}/`" if bundled else names
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read `adapter_config.json`, and find the vectors that were bundled; see `SubspaceConfig`."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        download = cls._split_kwargs(kwargs)[0]
+        found = {}
+        for record in (getattr(config, "provenance", None) or {}).get("vectors") or []:
+            file = bundles.file_of(record)
+            path = file and find_file(os.fspath(pretrained_model_name_or_path), file, subfolder, download)
+            if path:
+                found[record["name"]] = path
+        config.bundled = found  # its own, not a field
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the vectors if they are bundled, then `adapter_config.json`."""
+        if self.bundle_vectors and self.opened is not None and self.provenance is not None:
+            opened = self.opened
+            for entry, record in zip(opened.pool.entries, self.provenance["vectors"], strict=True):
+                used = {entry.names[name] for name in map(opened.source_of, opened.blocks) if name in entry.names}
+                bundles.write_bundle(save_directory, record, entry.vector, used)
+        super().save_pretrained(save_directory, **kwargs)
 
     def for_layer(self, key: str, weight: str = "weight") -> Any:
         """This config, with the name of the block."""

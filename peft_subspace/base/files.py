@@ -13,11 +13,16 @@ from safetensors import safe_open
 
 def find_adapter_file(name: str, subfolder: str | None, download: dict[str, Any]) -> str | None:
     """Path of an adapter's weights, downloaded if `name` is a Hub id; None if there is no safetensors file."""
+    return find_file(name, SAFETENSORS_WEIGHTS_NAME, subfolder, download)
+
+
+def find_file(name: str, file: str, subfolder: str | None, download: dict[str, Any]) -> str | None:
+    """Path of a file of an adapter, downloaded if `name` is a Hub id; None if there is none."""
     if os.path.isdir(name):
-        path = os.path.join(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        path = os.path.join(name, subfolder or "", file)
         return path if os.path.isfile(path) else None
     try:
-        return hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download)
+        return hf_hub_download(name, file, subfolder=subfolder, **download)
     except EntryNotFoundError:
         return None
 

@@ -102,6 +102,14 @@ def merge(
     if out is None and not dry_run:
         raise RecipeError("the folder to make is missing: peft-subspace merge RECIPE OUT, or --dry-run to see the plan.")
     with pickles_allowed(allow_pickle, None if out is None else out.parent), headers_only(dry_run):
+        if found.subspace.learn is not None:
+            from .learning import describe_learning, learn_first
+
+            if dry_run:
+                describe_learning(found, quiet)
+                return
+            assert out is not None
+            found = learn_first(found, out, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
         plan = make_plan(found)
         for note in plan.notes:
             console.warn(note)

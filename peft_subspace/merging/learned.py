@@ -25,11 +25,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..task_vectors.bundles import check_bundle, file_of
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.headers import TensorHeader
 from ..task_vectors.models import Source, open_source
 from ..task_vectors.provenance import digest, identity, record_of, same_value, value_of
 from ..task_vectors.references import Reference, locate
+from ..task_vectors.remote import has_values
 from ..task_vectors.renaming import names_in_memory
 from ..task_vectors.sources import Checkpoint, open_checkpoint, shortened
 from ..task_vectors.validate import match_names
@@ -154,6 +156,11 @@ def _of_pool(learned: Learned, base: Reference) -> list[Reference]:
     pool, own = learned.config.get("pool") or {}, open_source(base)
     found = []
     for record in learned.records:
+        file = file_of(record)
+        if file is not None and (learned.checkpoint.folder / file).is_file():
+            check_bundle(learned.checkpoint.folder / file, record)
+            found.append(Reference(str(learned.checkpoint.folder / file)))
+            continue
         given = pool.get(record["name"], record["reference"])
         given = {key: value for key, value in given.items() if key != "base"} if isinstance(given, dict) else given
         reference = Reference.parse(given)
@@ -184,7 +191,11 @@ def _by_hash(learned: Learned, given: Sequence[Reference], base: Reference) -> l
 
 
 def _is(record: Mapping[str, Any], source: Source, base: Source) -> bool:
-    """Whether a model has the hashes of a record; whole models are known by their base's too."""
+    """Whether a model has the hashes of a record; whole models are known by their base's too. A dry run may not know yet."""
+    if not all(has_values(file.path) for part in source.checkpoints for file in part.files):
+        return True
+    if "base_parts" in record and not all(has_values(file.path) for part in base.checkpoints for file in part.files):
+        record = {key: value for key, value in record.items() if key != "base_parts"}
     theirs = record_of(str(record["name"]), source, base if "base_parts" in record else None)
     return digest(identity(theirs)) == digest(identity(record))
 
@@ -279,7 +290,7 @@ def _check_values(learned: Learned, names: Mapping[str, str], known: Mapping[str
     wrong = []
     for name, value in kept["values"].items():
         header = known.get(names.get(name, ""))
-        if header is not None and not same_value(*value_of(header), value, kept["dtypes"]):
+        if header is not None and has_values(header.path) and not same_value(*value_of(header), value, kept["dtypes"]):
             wrong.append(name)
     if wrong:
         raise InputError(

@@ -38,6 +38,8 @@ def make_plan(recipe: Recipe, scratch: Path | None = None) -> Plan:
         InputError: models that do not fit together, with what differs.
     """
     method = recipe.method
+    if recipe.subspace.learn is not None:
+        raise RecipeError("a recipe with a `learn` block has a plan when it has learned: `merge` does both.")
     check_parameters(recipe, method)
     recipe, learned = completed(recipe)
     base = None if recipe.base_model is None else open_source(recipe.base_model)

@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -25,7 +23,9 @@ from pydantic import (
 from ..task_vectors.errors import RecipeError
 from ..task_vectors.headers import FLOAT_DTYPES
 from ..task_vectors.references import Reference
+from .learn_options import LearnOptions, TaskOptions, check_learning
 from .methods import registry
+from .strict import Strict
 
 MAX_RECIPE = 2**20  # bytes; a recipe is a page of text
 _UNSUPPORTED = {
@@ -34,12 +34,6 @@ _UNSUPPORTED = {
     "tokenizer": "tokens cannot be given embeddings one by one: use `tokenizer_source: base` or the name of a model",
 }
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
 
 
 def _scalar(value: Any) -> Any:
@@ -118,6 +112,7 @@ class SubspaceOptions(Strict):
         learned: the saved adapter that a learned method merges by, a folder or a Hub id. It names the base and the models,
             which may be left out; where they are listed, they are checked by their hashes.
         mask: a saved Concrete adapter whose mask is applied to every difference before it is merged, a folder or a Hub id.
+        learn: learn what the method merges by first, from data.
     """
 
     semantics: Literal["mergekit", "peft", "paper"] = "mergekit"
@@ -133,6 +128,7 @@ class SubspaceOptions(Strict):
     align: Literal["weight_matching"] | None = None
     learned: ModelName | None = None
     mask: ModelName | None = None
+    learn: LearnOptions | None = None
 
 
 class Recipe(Strict):
@@ -174,13 +170,22 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _base_is_there(self) -> Recipe:
         method = registry.get(self.merge_method)
-        if bool(method.learned) != (self.subspace.learned is not None):
+        learned, learn = self.subspace.learned, self.subspace.learn
+        if bool(method.learned) != (learned is not None or learn is not None):
             raise ValueError(
-                f"merge_method {self.merge_method!r} merges by what was learned: write `subspace: {{learned: ADAPTER}}`"
+                f"merge_method {self.merge_method!r} merges by what was learned: write `subspace: {{learned: ADAPTER}}`, or "
+                f"`learn` with the data to learn it from"
                 if method.learned
-                else f"subspace.learned goes with methods that are learned, not with merge_method {self.merge_method!r}"
+                else f"subspace.{'learn' if learned is None else 'learned'} goes with methods that are learned, not with "
+                f"merge_method {self.merge_method!r}"
             )
         self._check_mask(method)
+        if learned is not None and learn is not None:
+            raise ValueError(
+                "subspace.learned merges by what was learned, and subspace.learn learns it anew: leave one of them"
+            )
+        if learn is not None:
+            check_learning(learn, self.merge_method, self.base_model, len(self.merged_models))
         if method.learned:
             if self.subspace.align is not None:
                 raise ValueError("subspace.align changes the models, and what was learned belongs to them as they are")
@@ -209,6 +214,10 @@ class Recipe(Strict):
             )
         if self.subspace.align is not None:
             raise ValueError("subspace.align changes the models, and a mask belongs to them as they are")
+        if self.subspace.learn is not None:
+            raise ValueError(
+                "subspace.learn learns with the models as they are: write masked ones with save_masked_vectors, and list those"
+            )
 
     @property
     def method(self) -> registry.Method:
@@ -233,6 +242,8 @@ class Recipe(Strict):
             table["subspace"]["learned"] = str(self.subspace.learned)
         if self.subspace.mask is not None:
             table["subspace"]["mask"] = str(self.subspace.mask)
+        if self.subspace.learn is not None:
+            table["subspace"]["learn"] = self.subspace.learn.table()
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
 
 
@@ -335,8 +346,9 @@ def _is_alternative(part: Any) -> bool:
 
 def _nearest(location: list[str]) -> str:
     model: Any = Recipe
+    parts = {"models": ModelEntry, "subspace": SubspaceOptions, "adapter": AdapterOutput, "learn": LearnOptions}
     for part in location[:-1]:
-        model = {"models": ModelEntry, "subspace": SubspaceOptions, "adapter": AdapterOutput}.get(part, model)
+        model = {**parts, "tasks": TaskOptions}.get(part, model)
     known = list(model.model_fields)
     if location[-1] not in known and model is Recipe and location[-1] in SubspaceOptions.model_fields:
         return "; it belongs under `subspace`"

@@ -37,7 +37,7 @@ def merge(
     """Merge models by a recipe, in bounded memory.
 
     Args:
-        recipe: a file, a dictionary, or a `Recipe`.
+        recipe: a file, a dictionary, or a `Recipe`; one with a `learn` block learns first (`merging.learning`).
         out: the folder to make. It appears when everything is written and on the disk; until then there is `out.partial`.
         resume: go on with a merge that was interrupted, at whatever point. The bytes are those of an uninterrupted one.
         overwrite: replace what is there, a finished or a partial result.
@@ -55,9 +55,15 @@ def merge(
         InputError: a model is damaged or does not fit.
         OutputError: `out` cannot be written.
     """
-    if plan is None:
-        plan = make_plan(load_recipe(recipe) if isinstance(recipe, (str, os.PathLike)) else make_recipe(recipe))
     out = Path(out)
+    if plan is None:
+        found = load_recipe(recipe) if isinstance(recipe, (str, os.PathLike)) else make_recipe(recipe)
+        if found.subspace.learn is not None:
+            from .learning import learn
+
+            check_place(out, resume, overwrite)
+            found = learn(found, out, resume=resume, overwrite=overwrite, device=device)
+        plan = make_plan(found)
     _keep_inputs(plan, out)
     if plan.recipe.subspace.output == "adapter":
         from .adapters_out import merge_adapters
@@ -118,20 +124,32 @@ def partial_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _prepare(out: Path, resume: bool, overwrite: bool) -> Path | None:
-    """Check that the result may be written; the folder of the unfinished one, or None if it is finished already."""
+def check_place(out: Path, resume: bool, overwrite: bool) -> bool:
+    """Check that the result may be written; whether it is finished already.
+
+    Raises:
+        OutputError: something is there, and neither `resume` nor `overwrite` says what to do about it.
+    """
     if not out.name or out.name in (".", ".."):
         raise OutputError(f"{str(out)!r} is not a name for a new folder.")
     partial = partial_path(out)
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         if resume and (out / MANIFEST).is_file() and not partial.exists():
-            partial.with_name(partial.name + ".journal").unlink(missing_ok=True)
-            return None
+            return True
         raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
     if partial.exists() and not resume and not overwrite:
         raise OutputError(
             f"{partial}: an unfinished merge is there. Pass --resume to go on with it, or --overwrite to start anew."
         )
+    return False
+
+
+def _prepare(out: Path, resume: bool, overwrite: bool) -> Path | None:
+    """The folder of the unfinished result, or None if it is finished already."""
+    partial = partial_path(out)
+    if check_place(out, resume, overwrite):
+        partial.with_name(partial.name + ".journal").unlink(missing_ok=True)
+        return None
     try:
         if partial.exists() and not resume:
             shutil.rmtree(partial)

@@ -20,13 +20,14 @@ SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan
 
 
 def record_of(name: str, source: Source, base: Source | None) -> dict[str, Any]:
-    record = {"name": name, "reference": str(source.reference), "parts": [_part(part) for part in source.checkpoints]}
+    record = {"name": name, "reference": str(source.reference), "parts": [part_record(part) for part in source.checkpoints]}
     if base is not None:
-        record |= {"base": str(base.reference), "base_parts": [_part(part) for part in base.checkpoints]}
+        record |= {"base": str(base.reference), "base_parts": [part_record(part) for part in base.checkpoints]}
     return record
 
 
-def _part(part: Checkpoint) -> dict[str, Any]:
+def part_record(part: Checkpoint) -> dict[str, Any]:
+    """Kind, commit and fingerprints of the files of one part of a source, and what scales an adapter."""
     found: dict[str, Any] = {"kind": part.kind, "commit": part.commit}
     found["files"] = [tensor_fingerprint(header) for header in sorted(part.files, key=lambda file: file.path.name)]
     if part.kind == "adapter":

@@ -70,6 +70,11 @@ def header_folder(name: str, revision: str | None, patterns: Sequence[str]) -> t
     return folder, commit
 
 
+def has_values(path: Path) -> bool:
+    """Whether a file is whole; False for one of which a dry run has the header alone."""
+    return _scratch is None or _scratch not in path.parents or path.is_symlink()
+
+
 def _write_header(api: HfApi, name: str, file: str, commit: str, path: Path) -> None:
     """A file of weights as a hole behind its header."""
     header = api.parse_safetensors_file_metadata(name, file, revision=commit)

@@ -1,6 +1,6 @@
-"""Learning how task vectors are merged, from unlabelled batches of all tasks: AdaMerging and Concrete.
+"""Learning how task vectors are merged, from batches of all tasks: AdaMerging, Concrete, and aTLAS's task addition.
 
-    loss = sum over the tasks of the mean entropy of the merged model's predictions
+    loss = sum over the tasks of the mean entropy of the merged model's predictions, or, with labels, of their cross-entropy
 
     coefficients  lambda <- Adam(dloss/dlambda)                             aTLAS adapters, and the end of Concrete's
     mask          lambda' <- lambda_0 - one step of Adam;  x <- Adam(dloss/dx at lambda')     one sample of the mask in both
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from ..task_vectors.provenance import identity
 from .merge_checkpoint import load_checkpoint, moments, restore_moments, save_checkpoint
-from .objectives import entropy_loss
 from .tasks import Stream, Task
 
 # of a config, what a run that goes on must share with the one before, besides the hashes of its vectors
@@ -51,10 +50,10 @@ class MergeArguments:
         coefficient_lr: their rate of Adam.
         accumulation: batches of each task for one step.
         reference_order: the official code's order; see the module.
-        eval_every: steps between looks at the entropy (and at `evaluate`) without noise.
-        eval_batches: of each task, for the entropy; the same every time.
-        patience: looks without a lower entropy after which a phase ends; None for never.
-        select: what is left in the model: "best_entropy", the look with the lowest mean entropy, step 0 among them, or "last".
+        eval_every: steps between looks at the loss (and at `evaluate`) without noise.
+        eval_batches: of each task, for the loss; the same every time.
+        patience: looks without a lower loss after which a phase ends; None for never.
+        select: what is left in the model: "best", the look with the lowest mean loss, step 0 among them, or "last".
         output_dir: for checkpoints and the history; None writes nothing.
         save_every: steps between checkpoints.
         seed: of the order of the batches.
@@ -70,7 +69,7 @@ class MergeArguments:
     eval_every: int = 100
     eval_batches: int = 4
     patience: int | None = None
-    select: Literal["best_entropy", "last"] = "best_entropy"
+    select: Literal["best", "last"] = "best"
     output_dir: str | None = None
     save_every: int = 500
     seed: int = 0
@@ -84,8 +83,8 @@ class MergeArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience={self.patience!r} must be at least 1, or None.")
-        if self.select not in ("best_entropy", "last"):
-            raise ValueError(f"select={self.select!r} is not known. Accepted: 'best_entropy', 'last'.")
+        if self.select not in ("best", "last"):
+            raise ValueError(f"select={self.select!r} is not known. Accepted: 'best', 'last'.")
 
 
 @dataclass
@@ -94,24 +93,26 @@ class Look:
 
     Attributes:
         phase: "mask" or "coefficients".
-        step: in the phase; 0 is its start, of the first phase plain task arithmetic.
-        entropy: task -> mean entropy in nats.
+        step: in the phase; 0 is its start, of the first phase that of the adapter (task arithmetic, or the base).
+        loss: task -> mean loss in nats.
         metrics: what `evaluate` returned.
+        measure: what the loss is: "entropy", "cross-entropy" (all tasks have labels), or "loss" (some have).
     """
 
     phase: str
     step: int
-    entropy: dict[str, float]
+    loss: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
+    measure: str = "entropy"
 
     @property
     def mean(self) -> float:
-        """Mean entropy over the tasks."""
-        return sum(self.entropy.values()) / len(self.entropy)
+        """Mean loss over the tasks."""
+        return sum(self.loss.values()) / len(self.loss)
 
     def __str__(self) -> str:
         metrics = "".join(f", {name} {value:.4f}" for name, value in self.metrics.items())
-        return f"{self.phase} step {self.step}: mean entropy {self.mean:.4f}{metrics}"
+        return f"{self.phase} step {self.step}: mean {self.measure} {self.mean:.4f}{metrics}"
 
 
 class MergeTrainer:
@@ -119,13 +120,14 @@ class MergeTrainer:
 
     Args:
         model: a PeftModel with a Concrete adapter (mask, and coefficients with `learn_coefficients`), or an aTLAS one
-            (coefficients: AdaMerging).
-        tasks: all tasks; the loss is the sum of their entropies.
+            (coefficients: AdaMerging; with labels, task addition).
+        tasks: all tasks; the loss is the sum of theirs.
         arguments: how.
-        evaluate: `model -> {name: value}`, such as accuracies; called where the entropy is looked at.
+        evaluate: `model -> {name: value}`, such as accuracies; called where the loss is looked at.
         accelerator: for devices, mixed precision and several processes; each takes its share of the batches, and gradients are
             averaged. Trained tensors are few, so the model is not wrapped for that.
         adapter_name: of the adapter.
+        say: what is called with each line of the log; by default the main process prints them.
 
     The model is in evaluation mode throughout (no dropout of the base's own); only the mask is sampled.
     """
@@ -139,6 +141,7 @@ class MergeTrainer:
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         accelerator: Accelerator | None = None,
         adapter_name: str = "default",
+        say: Callable[[str], None] | None = None,
     ) -> None:
         if len({task.name for task in tasks}) != len(tasks) or not tasks:
             raise ValueError(
@@ -157,8 +160,11 @@ class MergeTrainer:
         self.evaluate = evaluate
         self.masks, self.coefficients = self._trained()
         self.starts = [tensor.detach().clone() for tensor in self.coefficients]
-        equal = all(bool((mask == mask.reshape(-1)[0]).all()) for mask in self.masks)
-        self._start = "task arithmetic" if equal else "as it was given"
+        shaped = any(bool((mask != mask.reshape(-1)[0]).any()) for mask in self.masks)
+        is_base = not self.masks and not any(bool(start.any()) for start in self.starts)
+        self._start = "as it was given" if shaped else "the base" if is_base else "task arithmetic"
+        self._say = say or self.accelerator.print
+        self._measure = _measure(self.tasks)
         self.history: list[Look] = []
         self._phase, self._step = "", 0
         self._best: tuple[float, list[Tensor]] | None = None
@@ -193,7 +199,7 @@ class MergeTrainer:
     # Running -----------------------------------------------------------------------------------------------------------
 
     def train(self, resume: bool = False) -> list[Look]:
-        """Run what is left of the phases; the history, whose first entry is plain task arithmetic.
+        """Run what is left of the phases; the history, from the adapter as it starts (task arithmetic, or the base) on.
 
         Args:
             resume: go on from the checkpoint in `output_dir`, with the bits of a run that was not interrupted; start anew if
@@ -217,7 +223,7 @@ class MergeTrainer:
             self._run(phase, steps, state)
             state = None
         self._say(f"step 0 ({self._start}): {self.history[0]}")
-        self._say(f"result: {self._selected()}")
+        self._say(f"result: {self.selected}")
         self._write_history()
         return self.history
 
@@ -252,7 +258,7 @@ class MergeTrainer:
                 self._look(trained)
             if self.arguments.output_dir and (self._step % self.arguments.save_every == 0 or self._step == steps):
                 self._save(optimizer, inner, trained)
-        if self.arguments.select == "best_entropy" and self._best is not None:
+        if self.arguments.select == "best" and self._best is not None:
             _assign(trained, self._best[1])
 
     def _mask_step(self, optimizer: Any, inner: Any) -> None:
@@ -291,7 +297,7 @@ class MergeTrainer:
             for _ in range(self.arguments.accumulation):
                 for task, stream in zip(self.tasks, self.streams, strict=True):
                     with self.accelerator.autocast():
-                        loss = self._entropy(task, stream.next())
+                        loss = self._loss(task, stream.next())
                     self.accelerator.backward(loss / self.arguments.accumulation)
         finally:
             for tensor in everything:
@@ -305,8 +311,8 @@ class MergeTrainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _entropy(self, task: Task, batch: Any) -> Tensor:
-        return entropy_loss(task.logits(self.model, send_to_device(batch, self.accelerator.device)))
+    def _loss(self, task: Task, batch: Any) -> Tensor:
+        return task.loss(self.model, send_to_device(batch, self.accelerator.device))
 
     # Looking -----------------------------------------------------------------------------------------------------------
 
@@ -315,7 +321,7 @@ class MergeTrainer:
         inner = [tensor.detach().clone() for tensor in self.coefficients] if self._phase == "mask" else []
         if inner:
             self._reset()  # lambda' belongs to a step; what counts is the mask with lambda_0
-        look = Look(self._phase, self._step, {task.name: self._mean_entropy(task) for task in self.tasks})
+        look = Look(self._phase, self._step, {t.name: self._mean_loss(t) for t in self.tasks}, {}, self._measure)
         if self.evaluate is not None:
             look.metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
             self.model.eval()
@@ -328,25 +334,24 @@ class MergeTrainer:
         if inner:
             _assign(self.coefficients, inner)
 
-    def _mean_entropy(self, task: Task) -> float:
+    def _mean_loss(self, task: Task) -> float:
         with self.accelerator.autocast():
-            found = [float(self._entropy(task, batch)) for batch in self._held_out[task.name]]
+            found = [float(self._loss(task, batch)) for batch in self._held_out[task.name]]
         if not all(map(math.isfinite, found)):
             raise ValueError(
-                f"The entropy of task {task.name!r} is not finite at {self._phase} step {self._step}. Lower the rates, or look "
-                f"for NaN in its batches."
+                f"The {self._measure} of task {task.name!r} is not finite at {self._phase} step {self._step}. Lower the rates, "
+                f"or look for NaN in its batches."
             )
         return sum(found) / len(found)
 
     def _is_over(self) -> bool:
         return self.arguments.patience is not None and self._looks_since_best >= self.arguments.patience
 
-    def _selected(self) -> Look:
+    @property
+    def selected(self) -> Look:
+        """The look that is left in the model."""
         last = [look for look in self.history if look.phase == self._phase]
-        return min(last, key=lambda look: look.mean) if self.arguments.select == "best_entropy" else last[-1]
-
-    def _say(self, text: str) -> None:
-        self.accelerator.print(text)
+        return min(last, key=lambda look: look.mean) if self.arguments.select == "best" else last[-1]
 
     # Checkpoints -------------------------------------------------------------------------------------------------------
 
@@ -376,7 +381,7 @@ class MergeTrainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same where a run goes on; it may be longer, and saved more often."""
-        own = asdict(self.arguments)
+        own = asdict(self.arguments) | {"measure": self._measure}
         for name in ("output_dir", "mask_steps", "coefficient_steps", "save_every", "patience"):
             del own[name]
         config = self.model.peft_config[self.adapter_name].to_dict()
@@ -421,6 +426,11 @@ class MergeTrainer:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps([asdict(look) for look in self.history], indent=1))
             os.replace(partial, path)
+
+
+def _measure(tasks: Sequence[Task]) -> str:
+    labelled = sum(task.labels is not None for task in tasks)
+    return "entropy" if not labelled else "cross-entropy" if labelled == len(tasks) else "loss"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Tasks of a merged model: unlabelled batches of each, and how the merged model answers them."""
+"""Tasks of a merged model: batches of each, with labels or without, and how the merged model answers them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .objectives import addition_loss, entropy_loss
+
 Logits = Callable[[nn.Module, Any], Tensor]
 
 
@@ -18,13 +20,30 @@ class Task:
 
     Args:
         name: of the task.
-        batches: unlabelled batches, such as a DataLoader; gone through again and again.
+        batches: such as a DataLoader; gone through again and again.
         logits: `(model, batch) -> [..., classes]`; see `pooled_logits` and `token_logits`.
+        labels: key of a batch's labels, which `logits` does not get: the loss is the cross-entropy with them. None for
+            unlabelled batches: the loss is the entropy of the answers.
     """
 
     name: str
     batches: Iterable[Any]
     logits: Logits
+    labels: str | None = None
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean entropy, or cross-entropy, of one batch in nats.
+
+        Raises:
+            ValueError: the batch is no table, or has no labels under that key.
+        """
+        if self.labels is None:
+            return entropy_loss(self.logits(model, batch))
+        if not isinstance(batch, Mapping) or self.labels not in batch:
+            keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"The batches of task {self.name!r} have no {self.labels!r}, its labels; there is: {keys}.")
+        inputs = {key: value for key, value in batch.items() if key != self.labels}
+        return addition_loss([(self.logits(model, inputs), batch[self.labels])])
 
 
 def pooled_logits(head: nn.Module) -> Logits:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import few_shot, few_shot_report
+from benchmarks import few_shot, few_shot_images, few_shot_report
 from benchmarks.merge_tasks_models import Rows
 
 
@@ -64,3 +64,13 @@ def test_the_probe_separates_what_can_be_separated() -> None:
     head = nn.Linear(8, 3)
     few_shot.probe(head, features, labels)
     assert torch.equal(head(features).argmax(1), labels)
+
+
+def test_pictures_come_in_batches_as_texts_do() -> None:
+    part = {"pixel_values": torch.arange(5.0).view(5, 1, 1, 1), "labels": torch.arange(5)}
+    found = few_shot_images.pictures(part, torch.tensor([4, 3, 2, 1, 0]))
+    first, second = found.batches(3)
+    assert first[0].flatten().tolist() == first[2].tolist() == [4, 3, 2]
+    assert second[2].tolist() == [1, 0]
+    chosen = few_shot.shots(found, 5, 1)
+    assert [int(picture) for picture in chosen.ids] == chosen.labels == [0, 1, 2, 3, 4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -904,6 +905,38 @@ class Stack(nn.Module):
         for layer in self.children():
             x = torch.relu(layer(x))
         return x
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "bert", "mlp"])
+def test_bundled_vectors_stand_for_the_pool(method: Method, name: str, tmp_path: Path) -> None:
+    """Saved with the coefficients, low-rank ones as factors; checked, and saved again from there."""
+    if not method.composes:
+        pytest.skip("has no pool")
+    pico = MODELS[name]
+    pool = {key: shutil.copy(path, tmp_path / f"{key}.safetensors") for key, path in method.make(pico).pool.items()}
+    fields = {**method.fields, **pico.targets, "pool": pool, "init_weights": False, "bundle_vectors": True}
+    torch.manual_seed(10)
+    model: Any = get_peft_model(pico.model(), method.config(**fields)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = run(model, pico.batch())
+    files = {key: tmp_path / "adapter" / "vectors" / f"{key}.safetensors" for key in pool}
+    kinds = {name.rpartition("::")[2] for name in load_file(files["task0"]) if "::" in name}
+    assert kinds == ({"A", "B"} if method.vector_rank else set())
+    assert "bundled in `vectors/`" in (tmp_path / "adapter" / "README.md").read_text()
+    for path in pool.values():
+        Path(path).unlink()
+    loaded: Any = PeftModel.from_pretrained(pico.model(), tmp_path / "adapter").eval()
+    assert torch.equal(run(loaded, pico.batch()), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert all(path.read_bytes() == (tmp_path / "again" / "vectors" / path.name).read_bytes() for path in files.values())
+    raw = bytearray(files["task1"].read_bytes())
+    raw[-3] ^= 1
+    files["task1"].write_bytes(raw)
+    with pytest.raises(ValueError, match=r"'task1': .*vectors/task1\.safetensors is not the file that was saved"):
+        PeftModel.from_pretrained(pico.model(), tmp_path / "adapter")
+    files["task1"].unlink()
+    with pytest.raises(ValueError, match=r"'task1'.*no such folder or file"):
+        PeftModel.from_pretrained(pico.model(), tmp_path / "adapter")
 
 
 BYTES = {

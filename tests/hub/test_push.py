@@ -43,6 +43,15 @@ assert len(HfApi().list_repo_commits("user/adapter")) == 3, "an unchanged adapte
 args = TrainingArguments(sys.argv[2], hub_model_id="user/trained", use_cpu=True, report_to=[])
 Trainer(model, args).push_to_hub()
 
+from tests.pools import vector_of, write_vector
+bare = AutoModelForSequenceClassification.from_pretrained("user/base").eval()
+pool = {"task": write_vector(sys.argv[2] + "-task.safetensors", vector_of(bare, 0))}
+composed = get_peft_model(bare, peft_subspace.AtlasConfig(pool=pool, init=0.5, bundle_vectors=True))
+composed.push_to_hub("user/bundle")
+results["bundle"] = output(composed, bert.batch()).detach()
+import os
+os.remove(pool["task"])
+
 model.push_to_hub("user/branches", revision="experiment")
 files = set(HfApi().list_repo_files("user/branches", revision="experiment"))
 assert files == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}, files
@@ -96,6 +105,9 @@ from transformers import AutoModelForSequenceClassification
 base = lambda: AutoModelForSequenceClassification.from_pretrained("user/base")
 first = PeftModel.from_pretrained(base(), "user/adapter", revision="v1")
 results = {"second": output(model, bert.batch()).detach(), "first": output(first, bert.batch()).detach()}
+bundle = PeftModel.from_pretrained(base(), "user/bundle").eval()
+results["bundle"] = output(bundle, bert.batch()).detach()
+assert "bundled in `vectors/`" in ModelCard.load("user/bundle").text
 branch = PeftModel.from_pretrained(base(), "user/branches", revision="experiment")
 assert torch.equal(output(branch, bert.batch()), results["second"])
 assert first.peft_config["default"].metrics == {"accuracy": 0.5}
@@ -134,7 +146,7 @@ def test_push_and_load(hub: LocalHub, tmp_path: Path) -> None:
         run_python(PUSH, tmp_path / "pushed", tmp_path / "trainer", **hub.environment(tmp_path / "home", TOKEN))
         run_python(LOAD, tmp_path / "loaded", **hub.environment(tmp_path / "another-home"))
     pushed, loaded = torch.load(tmp_path / "pushed"), torch.load(tmp_path / "loaded")
-    assert set(pushed) == set(loaded) == {"first", "second"}
+    assert set(pushed) == set(loaded) == {"first", "second", "bundle"}
     assert not torch.equal(pushed["first"], pushed["second"])
     for name, expected in pushed.items():
         assert torch.equal(loaded[name], expected), name

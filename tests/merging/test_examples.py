@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peft_subspace.merging.parameters import check_parameters
-from peft_subspace.merging.recipe import parse_recipe
+from peft_subspace.merging.recipe import load_recipe, parse_recipe
 from tests.processes import REPOSITORY
 
 
@@ -25,6 +25,14 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     printed = capsys.readouterr().out
     assert re.findall(r"(\w+) verified", printed) == ["ties", "gradient", "subtract"]
     assert re.search(r"left out by rank 8: \d+\.\d%", printed)
+
+
+def test_every_recipe_is_read() -> None:
+    found = sorted((REPOSITORY / "examples" / "merging").glob("*.yaml"))
+    assert "learn" in [path.stem for path in found]
+    for path in found:
+        recipe = load_recipe(path)
+        check_parameters(recipe, recipe.method)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/merging.md"])

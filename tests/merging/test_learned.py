@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_subspace import AtlasConfig
+from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.functional.groups import groups_from
 from peft_subspace.merging import execute, make_plan, merge, verify
 from peft_subspace.merging.learned import Learned
@@ -214,6 +214,25 @@ def test_a_moved_pool_is_known_by_its_hashes_in_any_order(tmp_path: Path) -> Non
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     verify(tmp_path / "again")
     assert "| Learned | `adapter` |" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", [AtlasConfig, ConcreteConfig])
+def test_bundled_vectors_are_merged_without_the_pool(kind: Any, tmp_path: Path) -> None:
+    method = kind.method.lower()
+    learn(tmp_path, "llama", kind=kind, bundle_vectors=True)
+    table = {"merge_method": method, "subspace": {"learned": str(tmp_path / "adapter")}}
+    folder = merge(table, tmp_path / "out")
+    assert "vectors/whole.safetensors" in (folder / "merge_recipe.yaml").read_text()
+    own = {**table, "models": [{"model": str(tmp_path / name)} for name in ("lora0", "whole", "file.safetensors")]}
+    expected = read(merge(own, tmp_path / "pool"))
+    for name in ("lora0", "whole", "file.safetensors"):
+        shutil.move(tmp_path / name, tmp_path / f"moved-{name}")
+    found = read(merge(table, tmp_path / "again"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    path = tmp_path / "adapter" / "vectors" / "whole.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"1234")
+    with pytest.raises(InputError, match=r"'whole': .*whole\.safetensors is not the file that was saved with the adapter"):
+        make_plan(make_recipe(table))
 
 
 def test_other_vectors_and_bases_are_refused_by_name(tmp_path: Path) -> None:

@@ -205,6 +205,10 @@ def test_a_mask_before_learned_coefficients(tmp_path: Path) -> None:
         ({"merge_method": "linear"}, "differences from a base_model, and merge_method 'linear' averages whole weights"),
         ({"subspace": {"align": "weight_matching"}}, "a mask belongs to them as they are"),
         ({"merge_method": "concrete", "subspace": {"learned": "x"}}, "has the mask of subspace.learned"),
+        (
+            {"merge_method": "atlas", "subspace": {"learn": {"tasks": [{"name": "t", "data": "rows.csv"}]}}},
+            "write masked ones with save_masked_vectors",
+        ),
     ],
 )
 def test_a_mask_that_does_not_go_with_a_recipe(change: dict[str, Any], message: str, tmp_path: Path) -> None:

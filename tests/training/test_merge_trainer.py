@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.training import MergeArguments, MergeTrainer, Task, pooled_logits, token_logits
-from peft_subspace.training.objectives import entropy_loss
+from peft_subspace.training.objectives import addition_loss, entropy_loss
 from peft_subspace.training.tasks import Stream
 from tests.pico import MODELS
 from tests.pools import pool_of
@@ -102,6 +102,32 @@ def test_concrete_adamerging_learns_the_mask_then_the_coefficients(learned: str)
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"coefficients"}
 
 
+@pytest.mark.parametrize("start", [0.0, START])
+def test_labels_make_it_task_addition(start: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first look and gradient are those of `addition_loss` over the tasks."""
+    model = make(AtlasConfig, init=start)
+    given = []
+    for k in range(2):
+        batch = {**PICO.batch(seed=k), "labels": torch.arange(4) % 3}
+        classify = head(k)
+        given.append(Task(f"task{k}", [batch], lambda model, inputs, classify=classify: classify(model(**inputs)), "labels"))
+    arguments = MergeArguments(coefficient_steps=10, coefficient_lr=0.05, eval_every=5)
+    run = MergeTrainer(model, given, arguments, accelerator=Accelerator(cpu=True))
+    run._backward(run.coefficients)
+    found = [tensor.grad.clone() for tensor in run.coefficients]
+    pairs = [(task.logits(model, PICO.batch(seed=k)), torch.arange(4) % 3) for k, task in enumerate(given)]
+    expected = torch.autograd.grad(addition_loss(pairs), run.coefficients)
+    for own, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, wanted)
+    history = run.train()
+    assert sum(history[0].loss.values()) == pytest.approx(addition_loss(pairs).item(), rel=1e-5)
+    assert history[-1].mean < history[0].mean - 0.01
+    words = "the base" if start == 0 else "task arithmetic"
+    assert f"step 0 ({words}): coefficients step 0: mean cross-entropy" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"task 'a' have no 'labels', its labels; there is: \['x'\]"):
+        Task("a", [], given[0].logits, "labels").loss(model, PICO.batch())
+
+
 def test_the_first_look_is_plain_task_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     model, plain = make(learn_coefficients="task"), make(AtlasConfig, init=START).eval()
     run = trainer(model)
@@ -110,7 +136,7 @@ def test_the_first_look_is_plain_task_arithmetic(capsys: pytest.CaptureFixture[s
         batches = run._held_out[task.name]
         with torch.no_grad():
             expected = sum(float(entropy_loss(task.logits(plain, batch))) for batch in batches) / len(batches)
-        assert history[0].entropy[task.name] == pytest.approx(expected, rel=1e-5)
+        assert history[0].loss[task.name] == pytest.approx(expected, rel=1e-5)
     printed = capsys.readouterr().out
     assert f"step 0 (task arithmetic): mask step 0: mean entropy {history[0].mean:.4f}" in printed
     assert "result: coefficients step" in printed

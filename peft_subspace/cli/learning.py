@@ -1,0 +1,47 @@
+"""A recipe that learns: its dry run, and the learning before the merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..merging.learning import learn, learned_path, vectors_of
+from ..merging.recipe import Recipe
+from . import console
+
+
+def describe_learning(recipe: Recipe, quiet: bool) -> None:
+    """Print what would be learned. Needs no torch."""
+    from ..merging.learn_options import lines
+    from ..merging.parameters import check_parameters
+    from ..task_vectors.models import open_source
+
+    check_parameters(recipe, recipe.method)
+    assert recipe.base_model is not None
+    assert recipe.subspace.learn is not None
+    open_source(recipe.base_model)
+    vectors = vectors_of(recipe)
+    texts = lines(recipe.subspace.learn, vectors)
+    console.say(f"Method   {recipe.merge_method} ({recipe.method.reference}), learned first", quiet)
+    console.say(f"Base     {recipe.base_model}", quiet)
+    for name, reference in vectors.items():
+        console.say(f"Vector   {name}: {reference}", quiet)
+    for text in texts:
+        console.say(text, quiet)
+    console.say("Output   OUT.learned (the adapter), then OUT by a merge that replays it", quiet)
+
+
+def learn_first(recipe: Recipe, out: Path, *, quiet: bool, **options: Any) -> Recipe:
+    """Learn beside the result; the recipe that replays it."""
+    from ..merging.run import check_place
+
+    check_place(out, options["resume"], options["overwrite"])
+    try:
+        found = learn(recipe, out, say=lambda text: console.say(text, quiet), **options)
+    except KeyboardInterrupt:
+        console.fail(f"interrupted. Go on with --resume, or remove {learned_path(out)}.partial.")
+        raise typer.Exit(130) from None
+    console.say(f"{learned_path(out)}: what was learned.", quiet)
+    return found

@@ -1,0 +1,170 @@
+"""From a recipe with a `learn` block to one that replays what was learned.
+
+    OUT.learned/        the adapter; learning.json: recipe, data, loss and accuracies at the start and in the end; history.json
+
+The adapter is trained by `MergeTrainer` on models that transformers makes; the merged model comes from the streaming engine by
+the recipe that is returned, which can be merged again without the data.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..task_vectors.errors import OutputError
+from ..task_vectors.models import open_source
+from ..task_vectors.references import Reference
+from .files import disk_error
+from .learn_options import vector_names
+from .recipe import Recipe
+
+RECORD = "learning.json"
+
+
+def learned_path(out: Path) -> Path:
+    """Where the adapter of a result is."""
+    return out.with_name(out.name + ".learned")
+
+
+def vectors_of(recipe: Recipe) -> dict[str, Reference]:
+    """The task vectors by name; opens their headers, so that a typo is found before anything is learned.
+
+    Raises:
+        InputError: a model that is not there, or damaged.
+    """
+    models = [entry.model for entry in recipe.merged_models]
+    for reference in models:
+        open_source(reference)
+    return dict(zip(vector_names(models), models, strict=True))
+
+
+def learn(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    say: Callable[[str], None] = print,
+) -> Recipe:
+    """Learn what a recipe's `learn` block asks for, beside the result.
+
+    Args:
+        recipe: with a `learn` block.
+        out: the result, which is not made here.
+        resume: take what was learned by the same recipe already, or go on from the checkpoint of an interrupted learning.
+        overwrite: replace what was learned before.
+        device: where to compute.
+        say: called with lines of the log.
+
+    Returns:
+        The recipe with `learned` in place of `learn`.
+
+    Raises:
+        RecipeError: columns, splits or labels that do not fit.
+        InputError: a model, a head or data that cannot be read.
+        OutputError: there is something already.
+
+    Cost: steps x tasks forward and backward passes of the base; see `MergeTrainer`.
+    """
+    folder = learned_path(out)
+    partial = folder.with_name(folder.name + ".partial")
+    replay = _replay(recipe, folder)
+    if folder.exists():
+        if resume and _record(folder).get("recipe") == recipe.to_yaml():
+            say(f"Learned already: {folder}.")
+            return replay
+        if not overwrite or not (folder / RECORD).is_file():
+            raise OutputError(f"{folder}: is there already. Choose another name for the result, or pass --overwrite.")
+    if partial.exists() and not resume and not overwrite:
+        raise OutputError(f"{partial}: an unfinished learning is there. Pass --resume to go on, or --overwrite to start anew.")
+    try:
+        if partial.exists() and not resume:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(partial, error) from error
+    goes_on = (partial / "checkpoint").exists() or (partial / "checkpoint.old").exists()
+    try:
+        _learn_into(partial, recipe, _replay(recipe, partial), goes_on, device, say)
+    except ValueError:
+        if not goes_on:  # it would fail again; a checkpoint is kept
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(partial / "checkpoint", ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    return replay
+
+
+def _replay(recipe: Recipe, folder: Path) -> Recipe:
+    given = recipe.subspace.model_copy(update={"learn": None, "learned": Reference(str(folder))})
+    return recipe.model_copy(update={"subspace": given})
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, device: str, say: Callable[[str], None]) -> None:
+    import torch
+    from accelerate import Accelerator
+
+    from ..training.merge_trainer import MergeArguments, MergeTrainer
+    from ..training.recipe_tasks import Built
+    from .planner import make_plan
+    from .run import check_device
+
+    check_device(device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    options = recipe.subspace.learn
+    assert options is not None
+    seed = recipe.subspace.seed if options.seed is None else options.seed
+    accelerator = Accelerator(cpu=device == "cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        built = Built(recipe, vectors_of(recipe), seed, accelerator.device)
+        record = {"recipe": recipe.to_yaml(), "data": {name: rows.digest() for name, rows in built.rows.items()}}
+        if goes_on:
+            changed = [key for key, value in record.items() if _record(folder).get(key) != value]
+            if changed:
+                raise OutputError(
+                    f"{folder}: was begun with another {' and other '.join(changed)}. Pass --overwrite to start anew."
+                )
+        (folder / RECORD).write_text(json.dumps(record))
+        if not goes_on:
+            built.model.save_pretrained(folder)
+            make_plan(replay)  # what could not be merged afterwards is said now
+        given = MergeArguments(
+            mask_steps=options.steps, mask_lr=options.mask_lr, inner_lr=options.inner_lr, coefficient_steps=options.steps,
+            coefficient_lr=options.lr, accumulation=options.accumulation, eval_every=options.eval_every,
+            eval_batches=options.eval_batches, patience=options.patience, select=options.select, output_dir=str(folder),
+            save_every=options.eval_every, seed=seed,
+        )  # fmt: skip
+        trainer = MergeTrainer(
+            built.model,
+            built.tasks,
+            given,
+            evaluate=built.accuracies if built.looks else None,
+            accelerator=accelerator,
+            say=say,
+        )
+        history = trainer.train(resume=goes_on)
+        first, kept = history[0], trainer.selected
+    metrics = {f"{first.measure} at the start": first.mean, first.measure: kept.mean}
+    for name, value in kept.metrics.items():
+        metrics |= {f"{name} at the start": first.metrics[name], name: value}
+    built.model.peft_config["default"].metrics = metrics
+    built.model.save_pretrained(folder)
+    versions = {"peft_subspace": __version__, **{name: version(name) for name in ("torch", "transformers", "datasets")}}
+    found = {**record, "start": asdict(first), "result": asdict(kept), "versions": versions}
+    (folder / RECORD).write_text(json.dumps(found, indent=1))

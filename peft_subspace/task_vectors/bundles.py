@@ -1,0 +1,66 @@
+"""Task vectors that travel with the adapter that was learned with them: `vectors/NAME.safetensors` beside its file.
+
+Each is a task-vector file of the tensors that the adapter composes, in float32, low-rank ones as their factors. The adapter's
+config has their hashes; a bundled vector stands for the one that it was made of. Opening needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from .errors import InputError, OutputError
+from .provenance import part_record
+from .sources import open_checkpoint
+
+if TYPE_CHECKING:
+    from .task_vector import TaskVector
+
+FOLDER = "vectors"
+
+
+def file_of(record: Mapping[str, Any]) -> str | None:
+    """Where a vector of an adapter is in the adapter's folder, `vectors/NAME.safetensors`; None if it is not bundled."""
+    return f"{FOLDER}/{quote(str(record['name']), safe=' ')}.safetensors" if record.get("bundle") else None
+
+
+def write_bundle(folder: str | os.PathLike[str], record: dict[str, Any], vector: TaskVector, names: Collection[str]) -> None:
+    """Write a vector into an adapter's folder, unless it is there already, and note its hashes in the record.
+
+    Args:
+        folder: of the adapter.
+        record: of the vector, in the config's provenance; gets the key `bundle`.
+        vector: opened.
+        names: of its tensors that the adapter composes.
+
+    Cost: 4 bytes for each value of a dense tensor; one tensor in memory at a time.
+    """
+    record.setdefault("bundle", {})
+    record["bundle"] = record["bundle"] or {"kind": "task_vector"}  # a name for the file, until it has been written
+    path = Path(folder, str(file_of(record)))
+    if path.is_file() and part_record(open_checkpoint(path)) == record["bundle"]:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent}: cannot be made: {error.strerror or error}.") from error
+    replace(vector, shapes={name: shape for name, shape in vector.shapes.items() if name in names}).save(path)
+    record["bundle"] = part_record(open_checkpoint(path))
+
+
+def check_bundle(path: Path, record: Mapping[str, Any]) -> None:
+    """Compare a bundled vector with its record.
+
+    Raises:
+        InputError: its file is another one, or damaged.
+    """
+    found = part_record(open_checkpoint(path))
+    if found != record["bundle"]:
+        raise InputError(
+            f"the task vector {record['name']!r}: {path} is not the file that was saved with the adapter: it has another size "
+            f"or other hashes. Get the adapter's folder again, or delete the file to use {record['reference']}."
+        )
