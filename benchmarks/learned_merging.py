@@ -6,9 +6,10 @@
 The papers' models are CLIP's, with zero-shot heads that are given and fixed. Likewise each task here has a head that is not
 learned: the mean features of four rows of each class, as the base sees them. The encoder (its embeddings excepted) is
 fine-tuned under that head, whole encoders are merged, and each task keeps its head. Lambda of task arithmetic and TIES is
-0.3, as the paper has it, and for "searched" the best of a grid on 100 labelled rows that no test sees. AdaMerging and Concrete minimise
-the entropy of unlabelled batches of the test rows, the paper's protocol; aTLAS the cross-entropy of 200 labelled rows of each
-task. All learn in `STEPS` steps. Rates are chosen on those 100 rows, with models of another seed that no table has.
+0.3, as the paper has it, and for "searched" the best of a grid on 100 labelled rows that no test sees. AdaMerging and
+Concrete minimise the entropy of unlabelled batches of the test rows, the paper's protocol; aTLAS the cross-entropy of 200
+labelled rows of each task. All learn in `STEPS` steps. Rates are chosen on those 100 rows, with models of another seed that no
+table has.
 """
 
 from __future__ import annotations

@@ -206,7 +206,10 @@ def test_a_mask_before_learned_coefficients(tmp_path: Path) -> None:
         ({"subspace": {"align": "weight_matching"}}, "a mask belongs to them as they are"),
         ({"merge_method": "concrete", "subspace": {"learned": "x"}}, "has the mask of subspace.learned"),
         (
-            {"merge_method": "atlas", "subspace": {"learn": {"tasks": [{"name": "t", "data": "rows.csv"}]}}},
+            {
+                "merge_method": "atlas",
+                "subspace": {"learn": {"loss": "entropy", "tasks": [{"name": "t", "data": "rows.csv", "text": "text"}]}},
+            },
             "write masked ones with save_masked_vectors",
         ),
     ],
