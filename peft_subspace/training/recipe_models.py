@@ -40,7 +40,7 @@ def _quiet() -> Iterator[None]:
 
 def _config(path: Path, name: str) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(path)
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise InputError(
             f"{name}: transformers cannot make this model by itself ({str(error).splitlines()[0]}). Code that comes with a "
@@ -81,7 +81,7 @@ def _load(cls: str, path: Path, name: str, settings: Mapping[str, Any]) -> tuple
     with _quiet():
         try:
             model, info = getattr(transformers, cls).from_pretrained(
-                path, dtype="auto", output_loading_info=True, use_safetensors=True, **settings
+                path, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False, **settings
             )
         except (ValueError, OSError) as error:
             raise InputError(f"{name}: {cls} cannot load it: {str(error).splitlines()[0]}") from error
@@ -167,7 +167,7 @@ def _on_meta(kind: str, config: Any, classes: int) -> Any:
     table = {key: value for key, value in config.to_dict().items() if key not in ("id2label", "label2id")}
     config = type(config).from_dict({**table, "num_labels": classes})
     with torch.device("meta"), _quiet():
-        return getattr(transformers, HEADED[kind]).from_config(config)
+        return getattr(transformers, HEADED[kind]).from_config(config, trust_remote_code=False)
 
 
 def _head_names(kind: str, config: Any) -> tuple[dict[str, list[int]], str]:

@@ -137,7 +137,7 @@ class Inputs:
         self.class_names: list[str] = []
         cls = "AutoImageProcessor" if task.image is not None else "AutoTokenizer"
         try:
-            self.process: Any = getattr(transformers, cls).from_pretrained(folder)
+            self.process: Any = getattr(transformers, cls).from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError, ImportError) as error:
             raise InputError(f"{name}: {cls} cannot load it: {str(error).splitlines()[0]}") from error
         if task.image is None and self.process.pad_token is None:

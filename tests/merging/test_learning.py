@@ -319,6 +319,16 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
         merge(recipe(tmp_path, config={"granularity": "rows"}), tmp_path / "out")
 
 
+def test_code_that_comes_with_a_base_is_not_run(tmp_path: Path) -> None:
+    classifiers(tmp_path)
+    path = tmp_path / "base" / "config.json"
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    (tmp_path / "base" / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(InputError, match=r"cannot make this model by itself .* Code that comes with a model is never run"):
+        merge(recipe(tmp_path), tmp_path / "out")
+
+
 def test_a_head_that_does_not_run_on_the_base(tmp_path: Path) -> None:
     """BERT's head reads the pooler, which this base lacks."""
     classifiers(tmp_path)

@@ -373,8 +373,8 @@ def test_what_cannot_be_learned_is_said() -> None:
         MergeTrainer(make(), [Task("a", [], lambda m, x: x)] * 2, accelerator=Accelerator(cpu=True))
     with pytest.raises(ValueError, match="tasks=\\[\\]"):
         MergeTrainer(make(), [], accelerator=Accelerator(cpu=True))
-    with pytest.raises(ValueError, match="select='best'"):
-        MergeArguments(select="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"select='first' is not known\. Accepted: 'best', 'last'"):
+        MergeArguments(select="first")  # type: ignore[arg-type]
     for wrong in ({"eval_every": 0}, {"patience": 0}, {"mask_steps": -1}, {"mask_lr": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MergeArguments(**wrong)  # type: ignore[arg-type]
