@@ -81,16 +81,25 @@ class LowRank:
         return self
 
 
-def stacked(vectors: Sequence[Vector | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of all low-rank vectors side by side, and whose each direction is: `[rows, R]`, `[R, columns]`, `[R]` int64.
+def stacked(vectors: Sequence[Vector | None], like: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """The factors of all low-rank vectors side by side, and how many directions each has: `[rows, R]`, `[R, columns]`, T ranks.
 
     Args:
-        vectors: T of them; those without factors are left out.
+        vectors: T of them; those without factors are left out, and have rank 0.
         like: gives device and dtype.
     """
-    pairs = [(t, vector.to(like)) for t, vector in enumerate(vectors) if isinstance(vector, LowRank)]
-    left, right = torch.cat([pair[0] for _, pair in pairs], 1), torch.cat([pair[1] for _, pair in pairs])
-    return left, right, torch.tensor([t for t, pair in pairs for _ in range(len(pair[1]))], device=like.device)
+    pairs = [vector.to(like) for vector in vectors if isinstance(vector, LowRank)]
+    left, right = torch.cat([pair[0] for pair in pairs], 1), torch.cat([pair[1] for pair in pairs])
+    return left, right, [vector.rank if isinstance(vector, LowRank) else 0 for vector in vectors]
+
+
+def spread(numbers: Tensor, ranks: Sequence[int]) -> Tensor:
+    """One number of each vector `[T]` for every direction that it has: `[R]`.
+
+    Not by an index: that would be sent to the device in every call, and inductor of torch 2.13 writes C++ that does not compile
+    where it gathers and scatters by one constant index.
+    """
+    return torch.cat([number.expand(rank) for number, rank in zip(numbers, ranks, strict=True)])
 
 
 # Composing and its gradient ----------------------------------------------------------------------------------------------

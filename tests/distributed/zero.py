@@ -63,7 +63,7 @@ def train_by_trainer(method: Method, folder: Path) -> list[float]:
         assert trainer.args.world_size == 2
         trainer.train(resume_from_checkpoint=resume)
         assert isinstance(trainer.model_wrapped, DeepSpeedEngine)
-        result = evaluated(trainer.model_wrapped, "llama")  # of shares: both processes take part
+        result = evaluated(trainer.model_wrapped.module, "llama")  # of shares: both processes take part
         if dist.get_rank() == 0:
             save_file({"output": result.contiguous()}, folder / run / "output.safetensors")
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
