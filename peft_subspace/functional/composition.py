@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import triton_kernels
 from .groups import Groups
 from .low_rank import plain_backward
 
@@ -44,9 +45,14 @@ class Dense:
     def __init__(self, values: Tensor, scale: float = 1.0, follows: bool = True) -> None:
         self.values, self.scale, self.follows = values, scale, follows
 
+    def on(self, device: torch.device) -> Tensor:
+        """All values, without the scale: on that device, if they may stay there."""
+        if self.follows and self.values.device != device:
+            self.values = self.values.to(device)
+        return self.values
+
     def part(self, start: int, stop: int, like: Tensor) -> Tensor:
-        if self.follows and self.values.device != like.device:
-            self.values = self.values.to(like.device)
+        self.on(like.device)
         part = self.values[start:stop].to(like.device, like.dtype, non_blocking=True)
         return part if self.scale == 1.0 else part * self.scale
 
@@ -125,6 +131,11 @@ def accumulate(total: Tensor, vectors: Sequence[Vector | None], coefficients: Te
             total.view(left.shape[0], -1).addmm_(left * number, right)
         elif vector is not None:
             dense.append((number, vector))
+    fused = _fused([vector for _, vector in dense], flat, groups)
+    if fused and total.dtype == torch.float32:
+        own = torch.stack([torch.as_tensor(number, device=flat.device) * fused[i].scale for i, (number, _) in enumerate(dense)])
+        triton_kernels.compose(flat, [vector.values for vector in fused], own.to(total.dtype))
+        return
     for start, part in _chunks(flat) if dense else ():
         where = None if groups is None else groups.part(start, start + part.numel(), part.device)
         for number, vector in dense:
@@ -141,6 +152,14 @@ def _numbers(coefficients: Tensor, total: Tensor) -> list[Any]:
     """Rows of the coefficients. On a CPU plain numbers are faster; elsewhere they would make the device wait."""
     coefficients = coefficients.detach().to(total.device, total.dtype)
     return coefficients.tolist() if coefficients.ndim == 1 and total.device.type == "cpu" else list(coefficients)
+
+
+def _fused(vectors: Sequence[Vector], flat: Tensor, groups: Groups | None) -> list[Dense]:
+    """These vectors, on the device, if the kernels are on and can take all of them; else none."""
+    dense = [vector for vector in vectors if isinstance(vector, Dense)]
+    if groups is not None or len(dense) < len(vectors) or not triton_kernels.is_on(flat):
+        return []
+    return dense if triton_kernels.fits([vector.on(flat.device) for vector in dense], flat) else []
 
 
 def _chunks(flat: Tensor) -> Any:
@@ -167,6 +186,12 @@ def inner_products(grad: Tensor, vectors: Sequence[Vector | None], groups: Group
     dense = [(t, vector) for t, vector in enumerate(vectors) if vector is not None and t not in low_rank]
     for t, factors in low_rank.items():
         sums[t] = _low_rank_product(flat, factors, wide)
+    fused = _fused([vector for _, vector in dense], flat, groups)
+    if fused:
+        products = triton_kernels.inner_products(flat, [vector.values for vector in fused])
+        for (t, _), values, product in zip(dense, fused, products, strict=True):
+            sums[t] = product * values.scale
+        return sums[:, 0]
     for start, part in _chunks(flat) if dense else ():
         part = part.to(wide)
         where = None if groups is None else groups.part(start, start + part.numel(), part.device)

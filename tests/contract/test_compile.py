@@ -14,8 +14,10 @@ from torch._dynamo.utils import counters
 from tests.methods import Method, each_method
 from tests.pico import MODELS, loss, run
 
-# torch's compiler, of autograd.Function
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [  # both are torch's compiler's own; as errors they would stop it within a backend
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 NAMES = ("default", "other")
 PICO = MODELS["mlp"]
 
