@@ -189,8 +189,8 @@ def inner_products(grad: Tensor, vectors: Sequence[Vector | None], groups: Group
     fused = _fused([vector for _, vector in dense], flat, groups)
     if fused:
         products = triton_kernels.inner_products(flat, [vector.values for vector in fused])
-        for (t, _), values, product in zip(dense, fused, products, strict=True):
-            sums[t] = product * values.scale
+        for i, (t, _) in enumerate(dense):
+            sums[t] = products[i] * fused[i].scale
         return sums[:, 0]
     for start, part in _chunks(flat) if dense else ():
         part = part.to(wide)

@@ -39,10 +39,8 @@ def vectors(size: int, count: int, dtype: torch.dtype) -> list[Tensor]:
 def test_sums_are_those_of_the_formula_in_float64(size: tuple[int, int], dtype: torch.dtype, interpreted: None) -> None:
     """float32 sums: a rounding for each vector, and for each halving of a block and each block of a program."""
     values, total, numbers = vectors(*size, dtype), torch.randn(size[0]), torch.randn(size[1])
-    expected = total.double() + sum(number.double() * tau.double() for number, tau in zip(numbers, values, strict=True))
-    magnitude = total.double().abs() + sum(
-        n.double().abs() * tau.double().abs() for n, tau in zip(numbers, values, strict=True)
-    )
+    parts = [total.double(), *(number * tau.double() for number, tau in zip(numbers.double(), values, strict=True))]
+    terms = torch.stack(parts)
     triton_kernels.compose(total, values, numbers)
     assert ((total.double() - terms.sum(0)).abs() <= (size[1] + 1) * EPS * terms.abs().sum(0)).all()
     for grad_dtype in triton_kernels.TYPES:
@@ -50,8 +48,8 @@ def test_sums_are_those_of_the_formula_in_float64(size: tuple[int, int], dtype: 
         found = triton_kernels.inner_products(grad, values)
         assert found.dtype == torch.float64
         for product, tau in zip(found, values, strict=True):
-            terms = grad.double() * tau.double()
-            assert (product - terms.sum()).abs() <= (10 + 16 + 1) * EPS * terms.abs().sum()
+            products = grad.double() * tau.double()
+            assert (product - products.sum()).abs() <= (10 + 16 + 1) * EPS * products.abs().sum()
         assert torch.equal(triton_kernels.inner_products(grad, values), found), "the order of the sum is fixed"
 
 
