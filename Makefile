@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup quickstart test conformance quantised zero gpu lint types bench clean
+.PHONY: help setup quickstart test conformance quantised zero kernels gpu lint types bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,12 @@ zero: setup ## the tests with DeepSpeed ZeRO-3 in two CPU processes, in an envir
 	$(VENV)-zero/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'deepspeed==0.19.8' \
 		-c constraints.txt 2>&1 | { grep -v 'is ignored' || true; }
 	$(VENV)-zero/bin/python -m pytest -q tests/distributed/test_zero.py
+
+kernels: setup ## the tests of the Triton kernels by its interpreter, in an environment of their own
+	test -d $(VENV)-kernels || $(PYTHON) -m venv $(VENV)-kernels
+	$(VENV)-kernels/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'triton==3.9.0' \
+		-c constraints.txt 2>&1 | { grep -v 'is ignored' || true; }
+	TRITON_INTERPRET=1 TRITON_DEFAULT_FP_FUSION=1 $(VENV)-kernels/bin/python -m pytest -q tests/functional/test_triton.py
 
 gpu: setup ## what needs a GPU: the tests, and figures in benchmarks/results
 	$(BIN)/python -m pytest -q -rs tests/gpu

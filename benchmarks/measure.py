@@ -29,7 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("torch", "transformers", "peft")
 NUM_LABELS = 10
 VOCABULARY = 1024
-LABELS: dict[str, Any] = {"num_labels": NUM_LABELS}
+# The kind of problem, too: transformers writes it into the config at the first loss, and a compiled step would compile again.
+LABELS: dict[str, Any] = {"num_labels": NUM_LABELS, "problem_type": "single_label_classification"}
 
 
 # Models --------------------------------------------------------------------------------------------------------------

@@ -235,8 +235,8 @@ class AtlasDelta(Delta):
 
         Cost: 2 n R (in + out) flops for n rows and R = sum of the ranks; keeps `[n, R]` for backward.
         """
-        left, right, owner = composition.stacked(self._loaded(), out)
-        return add_directions(self.geometry, x, out, left, right, self.values()[owner])
+        left, right, ranks = composition.stacked(self._loaded(), out)
+        return add_directions(self.geometry, x, out, left, right, composition.spread(self.values(), ranks))
 
     def delta_weight(self, weight: Weight) -> Tensor:
         shape = self.geometry.native(torch.empty(self.geometry.shape, device="meta")).shape

@@ -361,8 +361,8 @@ class ConcreteDelta(Delta):
         """
         m = self._graph_mask() if mask is None else mask.values()
         m = m / m.mean().clamp_min(torch.finfo(m.dtype).tiny) if self.config.rescale else m
-        left, right, owner = composition.stacked(self._loaded(), m)
-        return left, right, m * self.values()[owner].to(m.dtype)
+        left, right, ranks = composition.stacked(self._loaded(), m)
+        return left, right, m * composition.spread(self.values(), ranks).to(m.dtype)
 
     def _graph_mask(self) -> Tensor:
         """m of all logits, with a graph."""

@@ -106,7 +106,8 @@ def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tenso
     where = f"{layer.key}.{layer.geometries[container][0]}"
     way_out = (
         "FSDP2 makes the tensors of a unit whole in its forward: let one unit hold this layer and all that shares its "
-        "coefficients, or give every block its own (granularity='block' without `tie_blocks`)."
+        "coefficients, or give every block its own (aTLAS: granularity='block' without `tie_blocks`; Concrete: "
+        "learn_coefficients='layer')."
     )
     refuse_shares([weight, *(tensor for delta in deltas for tensor in delta.trained)], where, way_out)
     if weight.is_meta:

@@ -17,6 +17,7 @@ from ..functional.low_rank import without_autocast
 from .config import SubspaceConfig
 from .delta import Delta
 from .geometry import Geometry, describe, quantization_backend, read_weight
+from .packed import refuse_gradient, refuse_reading
 from .sharding import refuse_shares
 
 
@@ -224,6 +225,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.merged_adapters and adapter_names is not None:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+        if self.quantization_backend is not None:
+            refuse_gradient(self.get_base_layer(), x, self.key)
         if self._disable_adapters or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
@@ -399,22 +402,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if container in self._originals:
             return self._originals[container].weight
         if self.quantization_backend is not None:
-            self._refuse_packed()
+            refuse_reading(self.get_base_layer(), self.key)
             return read_weight(self.get_base_layer(), self.quantization_backend, self.key)
         owner, name = self._locate(container)
         return getattr(owner, name).data
-
-    def _refuse_packed(self) -> None:
-        """bitsandbytes 0.50 repacks 4-bit weights at the first inference on some CPUs and cannot read them back: it
-        dequantises the packed bytes as they are, and its inverse leaves the block maxima transposed.
-        """
-        state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError(
-                "bitsandbytes has repacked this 4-bit weight for inference on the CPU and cannot read it back. Merge, or add "
-                "an adapter that reads the weight, right after loading, before the first forward in eval mode; or do it on a "
-                "GPU, or load the base unquantised."
-            )
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """dW of an adapter in the module's own layout, for a layer with one adapted weight."""

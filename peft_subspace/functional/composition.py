@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import triton_kernels
 from .groups import Groups
 from .low_rank import plain_backward
 
@@ -44,9 +45,14 @@ class Dense:
     def __init__(self, values: Tensor, scale: float = 1.0, follows: bool = True) -> None:
         self.values, self.scale, self.follows = values, scale, follows
 
+    def on(self, device: torch.device) -> Tensor:
+        """All values, without the scale: on that device, if they may stay there."""
+        if self.follows and self.values.device != device:
+            self.values = self.values.to(device)
+        return self.values
+
     def part(self, start: int, stop: int, like: Tensor) -> Tensor:
-        if self.follows and self.values.device != like.device:
-            self.values = self.values.to(like.device)
+        self.on(like.device)
         part = self.values[start:stop].to(like.device, like.dtype, non_blocking=True)
         return part if self.scale == 1.0 else part * self.scale
 
@@ -81,16 +87,25 @@ class LowRank:
         return self
 
 
-def stacked(vectors: Sequence[Vector | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of all low-rank vectors side by side, and whose each direction is: `[rows, R]`, `[R, columns]`, `[R]` int64.
+def stacked(vectors: Sequence[Vector | None], like: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """The factors of all low-rank vectors side by side, and how many directions each has: `[rows, R]`, `[R, columns]`, T ranks.
 
     Args:
-        vectors: T of them; those without factors are left out.
+        vectors: T of them; those without factors are left out, and have rank 0.
         like: gives device and dtype.
     """
-    pairs = [(t, vector.to(like)) for t, vector in enumerate(vectors) if isinstance(vector, LowRank)]
-    left, right = torch.cat([pair[0] for _, pair in pairs], 1), torch.cat([pair[1] for _, pair in pairs])
-    return left, right, torch.tensor([t for t, pair in pairs for _ in range(len(pair[1]))], device=like.device)
+    pairs = [vector.to(like) for vector in vectors if isinstance(vector, LowRank)]
+    left, right = torch.cat([pair[0] for pair in pairs], 1), torch.cat([pair[1] for pair in pairs])
+    return left, right, [vector.rank if isinstance(vector, LowRank) else 0 for vector in vectors]
+
+
+def spread(numbers: Tensor, ranks: Sequence[int]) -> Tensor:
+    """One number of each vector `[T]` for every direction that it has: `[R]`.
+
+    Not by an index: that would be sent to the device in every call, and inductor of torch 2.13 writes C++ that does not compile
+    where it gathers and scatters by one constant index.
+    """
+    return torch.cat([number.expand(rank) for number, rank in zip(numbers, ranks, strict=True)])
 
 
 # Composing and its gradient ----------------------------------------------------------------------------------------------
@@ -116,6 +131,11 @@ def accumulate(total: Tensor, vectors: Sequence[Vector | None], coefficients: Te
             total.view(left.shape[0], -1).addmm_(left * number, right)
         elif vector is not None:
             dense.append((number, vector))
+    fused = _fused([vector for _, vector in dense], flat, groups)
+    if fused and total.dtype == torch.float32:
+        own = torch.stack([torch.as_tensor(number, device=flat.device) * fused[i].scale for i, (number, _) in enumerate(dense)])
+        triton_kernels.compose(flat, [vector.values for vector in fused], own.to(total.dtype))
+        return
     for start, part in _chunks(flat, groups) if dense else ():
         stop = start + part.numel()
         for number, vector in dense:
@@ -132,6 +152,14 @@ def _numbers(coefficients: Tensor, total: Tensor) -> list[Any]:
     """Rows of the coefficients. On a CPU plain numbers are faster; elsewhere they would make the device wait."""
     coefficients = coefficients.detach().to(total.device, total.dtype)
     return coefficients.tolist() if coefficients.ndim == 1 and total.device.type == "cpu" else list(coefficients)
+
+
+def _fused(vectors: Sequence[Vector], flat: Tensor, groups: Groups | None) -> list[Dense]:
+    """These vectors, on the device, if the kernels are on and can take all of them; else none."""
+    dense = [vector for vector in vectors if isinstance(vector, Dense)]
+    if groups is not None or len(dense) < len(vectors) or not triton_kernels.is_on(flat):
+        return []
+    return dense if triton_kernels.fits([vector.on(flat.device) for vector in dense], flat) else []
 
 
 def _chunks(flat: Tensor, groups: Groups | None = None) -> Any:
@@ -159,6 +187,12 @@ def inner_products(grad: Tensor, vectors: Sequence[Vector | None], groups: Group
     dense = [(t, vector) for t, vector in enumerate(vectors) if vector is not None and t not in low_rank]
     for t, factors in low_rank.items():
         sums[t] = _low_rank_product(flat, factors, wide)
+    fused = _fused([vector for _, vector in dense], flat, groups)
+    if fused:
+        found = triton_kernels.inner_products(flat, [vector.values for vector in fused])
+        for i, (t, _) in enumerate(dense):
+            sums[t] = found[i] * fused[i].scale
+        return sums[:, 0]
     products = []
     for start, part in _chunks(flat, groups) if dense else ():
         part = part.to(wide)

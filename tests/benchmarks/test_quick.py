@@ -98,3 +98,24 @@ def test_pela_step_prints_a_table_with_an_aa_row(tmp_path: Path, capsys: pytest.
     rows = json.loads((tmp_path / "pela-step-llama.json").read_text())["rows"]
     assert rows["base"]["bytes_saved"] == rows["base again"]["bytes_saved"]
     assert rows["PELA c=1.5"]["trained"] > rows["PELA c=2"]["trained"] > rows["PELA c=3"]["trained"]
+
+
+def test_traffic_is_what_the_formulas_say(tmp_path: Path) -> None:
+    """Exact: bytes of the collective operations of two processes, for gradients alone and for sharded weights."""
+    rows = run_quick("traffic", tmp_path, "--methods", "flora,atlas")["rows"]
+    assert set(rows) == {f"{method}, {way}" for method in ("flora", "atlas") for way in ("ddp", "fsdp2")}
+    for name, row in rows.items():
+        assert row["sent_bytes"] == pytest.approx(row["formula_bytes"], rel=1e-3), name
+        assert (set(row["by_operation"]) == {"c10d::allreduce_"}) == ("ddp" in name), name
+    assert rows["atlas, ddp"]["sent_bytes"] < rows["flora, ddp"]["sent_bytes"] < rows["flora, fsdp2"]["sent_bytes"]
+
+
+def test_the_gpu_benchmark_of_the_kernels_runs() -> None:
+    """On the CPU both of its columns are the chunks."""
+    import torch
+
+    from benchmarks import gpu
+
+    rows = gpu.kernels(torch.device("cpu"), ((8, 8),), (2,), 2)["rows"]
+    assert len(rows) == 4
+    assert all(len(row["kernel_ms"]) == len(row["chunks_ms"]) == 2 for row in rows.values())

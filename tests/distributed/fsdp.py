@@ -144,9 +144,10 @@ def refusals() -> dict[str, str]:
     model = adapted(METHODS["FLORA"], "llama")
     shard(model)
     found = {"merge": message(model.merge_adapter), "export": message(lambda: to_lora(model))}
-    tied = adapted(METHODS["ATLAS"], "llama", granularity="task")
-    shard(tied)
-    found["coefficients of another unit"] = message(lambda: squares("llama")(tied, slice(None)))
+    for kind, fields in (("ATLAS", {"granularity": "task"}), ("CONCRETE", {"learn_coefficients": "task"})):
+        tied = adapted(METHODS[kind], "llama", **fields)
+        shard(tied)
+        found[f"{kind}, coefficients of another unit"] = message(lambda tied=tied: squares("llama")(tied, slice(None)))
     return found
 
 

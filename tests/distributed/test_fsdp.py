@@ -52,7 +52,9 @@ def test_the_whole_adapter_of_rank_0_loads_in_one_process(method: Method, ran: t
 def test_what_needs_whole_tensors_is_refused_by_name(ran: tuple[Path, dict[str, Any]]) -> None:
     refused = ran[1]["refusals"]
     where = "layers.{}.self_attn.q_proj.weight is sharded over several processes"
-    for what, layer in (("merge", 0), ("export", 0), ("coefficients of another unit", 1)):
+    shared = [f"{kind}, coefficients of another unit" for kind in ("ATLAS", "CONCRETE")]
+    for what, layer in (("merge", 0), ("export", 0), *((what, 1) for what in shared)):
         assert where.format(layer) in refused[what], what
     assert "it can be merged there" in refused["merge"]
-    assert "granularity='block'" in refused["coefficients of another unit"]
+    for what, way_out in zip(shared, ("granularity='block'", "learn_coefficients='layer'"), strict=True):
+        assert way_out in refused[what], what

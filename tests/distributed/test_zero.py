@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
-from tests.distributed.steps import RISES, ZERO_NAMES
-from tests.distributed.test_ddp import check_trainer
+from tests.distributed.steps import RISES, ZERO_NAMES, evaluated
+from tests.distributed.test_ddp import check_trainer, name_of
 from tests.methods import METHODS, Method, each_method
+from tests.pico import MODELS
 from tests.processes import report_of_two
 
 pytestmark = [
@@ -41,3 +45,11 @@ def test_two_processes_with_shares_equal_one(ran: tuple[Path, dict[str, Any]]) -
 def test_the_trainer_with_zero_3(method: Method, ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """As with one process on the same global batch; a run that was resumed ends where the whole one does."""
     check_trainer(method, ran, tmp_path, max_grad_norm=0.0)
+
+
+@each_method
+def test_the_file_of_two_processes_gives_the_same_output_in_one(method: Method, ran: tuple[Path, dict[str, Any]]) -> None:
+    for run in ("whole", "resumed"):
+        folder = ran[0] / name_of(method) / run
+        alone = PeftModel.from_pretrained(MODELS["llama"].model(seed=3), folder / "checkpoint-6")
+        torch.testing.assert_close(evaluated(alone, "llama"), load_file(folder / "output.safetensors")["output"])

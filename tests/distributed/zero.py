@@ -14,9 +14,10 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.distributed.steps import ZERO_NAMES, adam, adapted, half_of, squares, take_steps
+from tests.distributed.steps import ZERO_NAMES, adam, adapted, evaluated, half_of, squares, take_steps
 from tests.flows import test_trainer
 from tests.methods import METHODS, Method
 
@@ -62,6 +63,9 @@ def train_by_trainer(method: Method, folder: Path) -> list[float]:
         assert trainer.args.world_size == 2
         trainer.train(resume_from_checkpoint=resume)
         assert isinstance(trainer.model_wrapped, DeepSpeedEngine)
+        result = evaluated(trainer.model_wrapped.module, "llama")  # of shares: both processes take part
+        if dist.get_rank() == 0:
+            save_file({"output": result.contiguous()}, folder / run / "output.safetensors")
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -13,6 +13,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from peft_subspace.functional import composition, triton_kernels
+from peft_subspace.functional.composition import Dense
 from tests.methods import Method, each_method
 from tests.pico import MODELS, run, train
 from tests.processes import REPOSITORY
@@ -59,6 +61,22 @@ def test_launched(name: str, method: str, tmp_path: Path) -> None:
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert saved
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+@needs_gpu
+@pytest.mark.skipif(triton_kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", triton_kernels.TYPES, ids=str)
+def test_the_triton_kernels_compute_what_the_chunks_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = [Dense(torch.randn(300, 200).flatten().to(dtype)) for _ in range(5)]
+    numbers, grad, found = torch.randn(5).cuda(), torch.randn(300, 200).cuda(), {}
+    for switch in ("0", "1"):
+        monkeypatch.setenv(triton_kernels.SWITCH, switch)
+        assert triton_kernels.is_on(grad) == (switch == "1")
+        total = torch.ones(300, 200).cuda()
+        composition.accumulate(total, vectors, numbers)
+        found[switch] = total, composition.inner_products(grad, vectors)
+    for kernel, chunks in zip(found["1"], found["0"], strict=True):
+        torch.testing.assert_close(kernel, chunks, rtol=1e-4, atol=1e-3)
 
 
 @needs_gpu
