@@ -92,6 +92,16 @@ def fetch(tensor: TensorPlan) -> None:
         with contextlib.suppress(OSError):
             file = os.open(header.path, os.O_RDONLY)
             try:
-                os.posix_fadvise(file, header.offset, min(header.nbytes, 2**26), os.POSIX_FADV_WILLNEED)
+                length = min(header.nbytes, 2**26)
+                if length and not _in_memory(file, header.offset, length):
+                    os.posix_fadvise(file, header.offset, length, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(file)
+
+
+def _in_memory(file: int, offset: int, length: int) -> bool:
+    """Whether a few bytes of a range, its last among them, can be had without the disk: asking for the range anew is not free."""
+    try:
+        return all(os.preadv(file, [bytearray(1)], offset + (length - 1) * part // 4, os.RWF_NOWAIT) for part in range(5))
+    except (BlockingIOError, AttributeError):  # they cannot; or this system cannot say so
+        return False
