@@ -66,11 +66,16 @@ class TensorPlan:
         return self.count * ITEM_SIZES[self.dtype]
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes that are read for it, in one pass."""
+    def headers(self) -> list[TensorHeader]:
+        """All that is read for it."""
         given = ([] if self.base is None else [self.base]) + list(self.models)
         more = (*(self.statistics or ()), *(self.learned.headers if self.learned is not None else ()))
-        return sum(header.nbytes for one in given for header in one.headers) + sum(header.nbytes for header in more)
+        return [*(header for one in given for header in one.headers), *more]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that are read for it, in one pass."""
+        return sum(header.nbytes for header in self.headers)
 
 
 @dataclass(frozen=True)

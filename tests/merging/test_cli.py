@@ -162,7 +162,10 @@ def test_extract_and_inspect(command: Command) -> None:
     code, _, err = command("inspect", "a")
     assert code == 3
     assert "name the base" in err
-    assert command("inspect", "lora", "--plot", "x.nothing")[0] == 2
+    for wrong, code, message in (("x.nothing", 2, "a picture ends in one of"), ("no/x.png", 4, "there is no folder no")):
+        found = command("inspect", "lora", "--plot", wrong)
+        assert (found[0], found[1]) == (code, "")  # said before the models are read
+        assert message in found[2]
 
 
 def test_export(command: Command, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Te
 
     Args:
         inputs: For `weights`, `normalize`, `lambda`, `majority_sign_method` and `semantics`.
-        kept: K tensors of one shape, zeros where nothing is kept; overwritten, unless they are `inputs.tensors` and not its own.
+        kept: K tensors of one shape, zeros where nothing is kept; overwritten, unless they are tensors that were lent to
+            `inputs`.
         scales: s_k.
 
     Source: TIES-Merging (arXiv:2306.01708), section 3; the differences: `docs/merge-methods.md`.
