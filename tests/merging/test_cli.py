@@ -50,6 +50,15 @@ def test_merge_and_verify(command: Command) -> None:
     assert contents(Path("quiet")) == contents(Path("out"))
 
 
+def test_an_adapter_is_called_one(command: Command) -> None:
+    command("extract", "a", "lora", "--base", "base", "--rank", "2", "-q")
+    table = {"merge_method": "linear", "base_model": "base", "models": [{"model": "lora"}], "subspace": {"output": "adapter"}}
+    Path("adapter.yaml").write_text(yaml.safe_dump(table))
+    code, out, _ = command("merge", "adapter.yaml", "out")
+    assert code == 0
+    assert out.startswith(f"out: a LoRA adapter, {Path('out/adapter_model.safetensors').stat().st_size / 1000:.1f} kB, in ")
+
+
 def test_exit_codes(command: Command) -> None:
     assert command("merge", "recipe.yaml")[0] == 2
     message = "Error: nothing.yaml: the recipe cannot be read: No such file or directory.\n"
