@@ -183,37 +183,46 @@ def starts(folder: Path) -> dict[str, list[str]]:
     return rows
 
 
+def forget(folder: Path) -> None:
+    """Let the system drop the models from memory, so that the next process reads them from the disk."""
+    for path in folder.glob("*/model.safetensors"):
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure everything, in an order that rotates."""
+    """Measure everything, in an order that rotates; what is known is written after every process."""
     environment = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    report: dict[str, Any] = {"methods": {}, "start": {}}
+    settings = {key: getattr(args, key) for key in ("size", "threads", "rounds", "nice", "cold")}
+    report: dict[str, Any] = {**measure.environment(torch.device("cpu")), "settings": settings, "methods": {}, "start": {}}
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
         make_models(folder, SIZES[args.size])
         write_recipe(folder, "linear")
-        jobs = {
-            (method, row): command for method in args.methods for row, command in commands(folder, method, args.threads).items()
-        }
-        jobs |= {("start", row): command for row, command in starts(folder).items()}
+        report["bytes"] = (folder / "base" / "model.safetensors").stat().st_size
+        jobs = {("start", row): command for row, command in starts(folder).items()}
+        for method in args.methods:
+            jobs |= {(method, row): command for row, command in commands(folder, method, args.threads).items()}
         jobs = {key: command for key, command in jobs.items() if args.mergekit or "mergekit" not in key[1]}
-        found: dict[tuple[str, str], list[Run]] = {key: [] for key in jobs}
         keys = {" ".join(key): key for key in jobs}
         for number in range(args.rounds):
             for name in measure.rotated(list(keys), number):
                 key = keys[name]
-                found[key].append(measured(jobs[key], environment, args.nice))
-                last = found[key][-1]
+                if args.cold:
+                    forget(folder)
+                last = measured(jobs[key], environment, args.nice)
                 console.print(f"{name}: {last.cpu_s:.1f} CPU s, {last.wall_s:.1f} s, {last.private_mb:.0f} MB", highlight=False)
+                method, row = key
+                place = report["start"] if method == "start" else report["methods"].setdefault(method, {})
+                place.setdefault(row, []).append({**asdict(last), "load": os.getloadavg()[0]})
+                measure.write_json(report, args.name, args.out)
                 if key[1] in ("ours", "mergekit") and (folder / "out").exists() and number == 0:
                     shutil.move(folder / "out" / "model.safetensors", folder / f"{key[0]}-{key[1]}.safetensors")
                 shutil.rmtree(folder / "out", ignore_errors=True)
-        for (method, row), runs in found.items():
-            place = report["start"] if method == "start" else report["methods"].setdefault(method, {})
-            place[row] = [asdict(one) for one in runs]
         report["difference"] = {method: _difference(folder, method) for method in args.methods}
-        report["bytes"] = (folder / "base" / "model.safetensors").stat().st_size
-    settings = {"size": args.size, "threads": args.threads, "rounds": args.rounds, "nice": args.nice}
-    return {**measure.environment(torch.device("cpu")), "settings": settings, **report}
+    return report
 
 
 def _difference(folder: Path, method: str) -> dict[str, float] | None:
@@ -269,6 +278,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="3; 1 with --quick")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--cold", action="store_true", help="drop the models from the page cache before every process")
     parser.add_argument("--no-mergekit", dest="mergekit", action="store_false")
     parser.add_argument("--folder", type=Path, help="where the models are made")
     parser.add_argument("--quick", action="store_true", help="tiny models, one round, two methods")

@@ -26,7 +26,10 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def report(options: argparse.Namespace, results: dict[str, Any], methods: Sequence[str]) -> None:
-    """Print a table for each kind of model, of the seeds and methods that are complete, and draw them."""
+    """Print a table for each kind of model, of the methods that all seeds have, and draw them.
+
+    Where some seeds have more methods than others, a second table has all of these methods on those seeds alone.
+    """
     import matplotlib.pyplot as plt
 
     complete = {
@@ -37,18 +40,22 @@ def report(options: argparse.Namespace, results: dict[str, Any], methods: Sequen
         }
         for kind in KINDS
     }
-    names = {
-        kind: [name for name in ("base", *methods) if all(name in found for found in seeds.values())]
-        for kind, seeds in complete.items()
-    }
     kinds = [kind for kind in KINDS if complete[kind]]
     if not kinds:
         raise SystemExit("no seed has results of the base, average, task arithmetic and TIES yet: run `merge` first")
     figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 7.5), squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
-        rows = sorted(_rows(complete[kind], names[kind]), key=lambda row: row["mean"])
-        _table(kind, complete[kind], rows)
-        axis.barh([row["name"] for row in rows], [row["mean"] for row in rows], color="#4878a8")
+        seeds = complete[kind]
+        known = [name for name in ("base", *methods) if any(name in found for found in seeds.values())]
+        _table(kind, seeds, _rows(seeds, [name for name in known if all(name in found for found in seeds.values())]))
+        whole = {seed: found for seed, found in seeds.items() if set(known) <= set(found)}
+        if whole and len(whole) < len(seeds):
+            _table(f"{kind}, all methods", whole, _rows(whole, known))
+        rows = _rows(seeds, known)
+        labels = [
+            row["name"] + (f" (seeds: {len(row['by_seed'])})" if len(row["by_seed"]) < len(seeds) else "") for row in rows
+        ]
+        axis.barh(labels, [row["mean"] for row in rows], color="#4878a8")
         for at, row in enumerate(rows):
             axis.plot(row["by_seed"], [at] * len(row["by_seed"]), "k.", markersize=4)
         points = [score for row in rows for score in row["by_seed"]]
@@ -56,15 +63,22 @@ def report(options: argparse.Namespace, results: dict[str, Any], methods: Sequen
     figure.savefig(options.output / "merge-tasks.png", dpi=110)
 
 
+def _label(row: Mapping[str, Any], seeds: int) -> str:
+    """The name of a method, and how many seeds have it where not all have."""
+    found = len(row["by_seed"])
+    return row["name"] if found == seeds else f"{row['name']} ({found} of {seeds} seeds)"
+
+
 def _rows(seeds: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The methods from the worst to the best, each by the seeds that have it."""
     rows = []
     for name in names:
-        runs = [seed[name] for seed in seeds.values()]
+        runs = [seed[name] for seed in seeds.values() if name in seed]
         by_seed = [statistics.mean(run["test"]) for run in runs]
         tasks = [statistics.mean(run["test"][k] for run in runs) for k in range(len(TASKS))]
         lambdas = "/".join(f"{run['lambda']:.2g}" for run in runs)
         rows.append({"name": name, "mean": statistics.mean(by_seed), "by_seed": by_seed, "tasks": tasks, "lambda": lambdas})
-    return rows
+    return sorted(rows, key=lambda row: row["mean"])
 
 
 def _table(kind: str, seeds: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:

@@ -49,7 +49,7 @@ def main() -> None:
     Importing torch makes some hundred thousand objects that stay: looking through them for garbage as they come, and
     taking them apart one by one at the end, would be a third of what the import costs.
     """
-    gc.set_threshold(200_000)
+    gc.set_threshold(500_000)
     install()
     from peft_subspace.cli import run
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base import Geometry, SubspaceConfig, SubspaceModel
@@ -16,6 +15,7 @@ from ..base.files import find_file
 from ..task_vectors import bundles
 from ..task_vectors.pool import DTYPES, reference_text
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR
+from ..task_vectors.writing import entries_of, write_file
 from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
 
 PLACEMENTS = ("device", "cpu", "disk")
@@ -200,9 +200,7 @@ def add_directions(geometry: Geometry, x: Tensor, out: Tensor, left: Tensor, rig
 
 
 def save_task_vector_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], config: Any) -> None:
-    """Write a task-vector file of the base that a config names; it appears when it is whole."""
+    """Write a task-vector file of the base that a config names; see `write_file`."""
     base = str(config.base_model_name_or_path or "")
     metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": base, "version": "1"}
-    partial = f"{os.fspath(path)}.partial"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-    os.replace(partial, path)
+    write_file(path, entries_of(tensors), metadata, tensors.values())

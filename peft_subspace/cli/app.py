@@ -135,7 +135,11 @@ def merge(
             console.fail(f"interrupted. Go on with --resume, or remove {out}.partial.")
             raise typer.Exit(130) from None
     took = time.monotonic() - started
-    console.say(f"{out}: {len(plan.tensors)} tensors, {console.size(plan.layout.total)}, in {console.duration(took)}.", quiet)
+    if found.subspace.output == "adapter":
+        written = f"a LoRA adapter, {console.size(sum(file.stat().st_size for file in out.glob('*.safetensors')))}"
+    else:
+        written = f"{len(plan.tensors)} tensors, {console.size(plan.layout.total)}"
+    console.say(f"{out}: {written}, in {console.duration(took)}.", quiet)
     if push_to_hub is not None:
         console.say(f"Uploaded to {upload(out, push_to_hub, private)}", quiet)
 
@@ -214,8 +218,10 @@ def inspect(
     from ..task_vectors.models import open_source, without_base
     from ..task_vectors.pickles import pickles_allowed
     from ..task_vectors.task_vector import TaskVector
-    from .inspection import draw, show
+    from .inspection import check_plot, draw, show
 
+    if plot is not None:
+        check_plot(plot)
     if spectrum and base is None and len(models) == 1 and (full := open_source(models[0]).full) is not None:
         from .spectra import show_weights
 

@@ -69,17 +69,32 @@ def _spectra(found: Comparison) -> Table:
     return table
 
 
+def check_plot(path: Path) -> None:
+    """See that a picture can be drawn there, before the models are read for it.
+
+    Raises:
+        RecipeError: matplotlib is not installed, or does not know the file's ending.
+        OutputError: there is no such folder.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise RecipeError("--plot needs matplotlib: pip install 'peft-subspace[examples]'.") from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise RecipeError(f"{path}: a picture ends in one of {', '.join(sorted(known))}.")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}.")
+
+
 def draw(found: Comparison, path: Path) -> None:
     """A picture: relative norm by block, cosines, and the spectra if there are some.
 
     Raises:
-        RecipeError: matplotlib is not installed, or does not know the file's ending.
         OutputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RecipeError("--plot needs matplotlib: pip install matplotlib") from error
+    from matplotlib.figure import Figure
+
     panels = 2 + bool(found.spectra)
     figure = Figure(figsize=(5.5 * panels, 4.5), layout="constrained")
     axes = figure.subplots(1, panels)
@@ -105,8 +120,6 @@ def draw(found: Comparison, path: Path) -> None:
         _draw_spectra(found, axes[2])
     try:
         figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise RecipeError(f"--plot {path}: {error}") from error
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.errors import InputError, OutputError, RecipeError
+from ..task_vectors.errors import InputError, OutputError
 
 
 def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
@@ -13,7 +13,6 @@ def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
 
     Raises:
         InputError: transformers cannot load the folder.
-        RecipeError: matplotlib does not know the picture's ending.
         OutputError: the picture cannot be written.
     """
     import transformers
@@ -24,8 +23,6 @@ def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
 
     from .exporting import class_of_model
 
-    if plot is not None:
-        _check_ending(plot)
     transformers.utils.logging.set_verbosity_error()
     try:
         model = getattr(transformers, class_of_model(folder)).from_pretrained(folder)
@@ -52,14 +49,3 @@ def _spectra(model: Any) -> Any:
         except ValueError as error:  # it has none of one kind
             problem = error
     raise InputError(str(problem))
-
-
-def _check_ending(plot: Path) -> None:
-    """Before minutes of work."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise RecipeError("--plot needs matplotlib: pip install 'peft-subspace[examples]'.") from error
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if plot.suffix[1:].lower() not in known:
-        raise RecipeError(f"{plot}: a picture ends in one of {', '.join(sorted(known))}.")

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.errors import OutputError, RecipeError
-from ..task_vectors.headers import TensorHeader, encode_header, read_header
+from ..task_vectors.errors import RecipeError
+from ..task_vectors.headers import TensorHeader, read_header
 from ..task_vectors.models import Source, given_by
 from ..task_vectors.sources import is_float
 
@@ -35,7 +35,8 @@ def align_sources(
 
 
 def _aligned(source: Source, reference: Source, scratch: Path, seed: int, embeddings: str) -> Source:
-    from .align import apply, find_permutations, match  # imports torch
+    from ..task_vectors.writing import write_file  # imports torch, as the next does
+    from .align import apply, find_permutations, match
 
     if len(source.checkpoints) != 1 or source.full is None or reference.full is None:
         raise RecipeError(f"{source.reference}: subspace.align is for whole models; an adapter belongs to the base's neurons.")
@@ -49,7 +50,8 @@ def _aligned(source: Source, reference: Source, scratch: Path, seed: int, embedd
     except ValueError as error:
         raise RecipeError(f"{source.reference}: cannot be aligned: {error}.") from error
     path = scratch / f"{len(list(scratch.iterdir()))}.safetensors"
-    _write(path, aligned, own)
+    entries = {name: (own[name].dtype, tuple(tensor.shape)) for name, tensor in aligned.items()}
+    write_file(path, entries, {"format": "pt"}, aligned.values())
     tensors = {**{name: header for name, header in own.items() if name not in aligned}, **read_header(path).tensors}
     return replace(source, checkpoints=(replace(source.full, tensors=tensors),))
 
@@ -58,16 +60,3 @@ def _values(headers: Mapping[str, TensorHeader]) -> dict[str, Any]:
     from ..task_vectors.reading import read_tensor
 
     return {name: read_tensor(header) for name, header in headers.items() if is_float(header)}
-
-
-def _write(path: Path, tensors: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> None:
-    import torch
-
-    header, _ = encode_header({name: (headers[name].dtype, tuple(t.shape)) for name, t in tensors.items()}, {"format": "pt"})
-    try:
-        with open(path, "wb") as file:
-            file.write(header)
-            for tensor in tensors.values():
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    except OSError as error:
-        raise OutputError(f"{path}: the aligned copy cannot be written: {error.strerror or error}.") from error

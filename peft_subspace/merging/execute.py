@@ -22,12 +22,10 @@ from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.headers import ITEM_SIZES, TensorHeader
 from ..task_vectors.reading import DTYPES, Reader, read_tensor
 from .files import OutputFiles
-from .inputs import Stopped, TensorInputs, check_finite, fetch, finite
+from .inputs import Stopped, TensorInputs, check_finite, finite
 from .journal import Journal, crc_of
 from .methods.loop import TILE, Job, map_tensor, reduce_tensors
 from .plan import CHUNK, HELD, Plan, TensorPlan
-
-AHEAD = 2  # tensors per worker whose bytes the system is asked to fetch
 
 
 @dataclass
@@ -39,12 +37,14 @@ class Settings:
         device: of the computation.
         chunk: values that are read at a time.
         progress: called with the bytes of the result that were finished.
+        taken: called with the number of each tensor, of those that are not done, when a worker takes it.
     """
 
     threads: int = 1
     device: str = "cpu"
     chunk: int = CHUNK
     progress: Callable[[int], None] = lambda count: None
+    taken: Callable[[int], None] = lambda number: None
 
 
 def execute(plan: Plan, files: OutputFiles, journal: Journal, done: dict[str, int], settings: Settings) -> None:
@@ -133,7 +133,7 @@ class _Run:
         self.chunk = min(settings.chunk, max(TILE, 16 * settings.chunk // crowd))
         self.remaining: list[TensorPlan] = []
         self.reduced: dict[str, Any] | None = None
-        self.next, self.fetched = 0, 1
+        self.next = 0
         self.lock, self.whole_tensors = threading.Lock(), threading.Lock()
         self.stopped = threading.Event()
         self.dtype = getattr(torch, plan.recipe.subspace.compute_dtype)
@@ -152,12 +152,9 @@ class _Run:
     def _take(self) -> TensorPlan | None:
         with self.lock:
             number, self.next = self.next, self.next + 1
-            start, stop = self.fetched, max(self.fetched, number + 1 + AHEAD * self.settings.threads)
-            self.fetched = stop
         if self.stopped.is_set() or number >= len(self.remaining):
             return None
-        for ahead in self.remaining[start:stop]:  # each once: it costs time even if the bytes are there
-            fetch(ahead)
+        self.settings.taken(number)
         return self.remaining[number]
 
     def _one(self, tensor: TensorPlan, reader: Reader, files: OutputFiles, journal: Journal) -> None:

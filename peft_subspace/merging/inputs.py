@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 
 import torch
@@ -81,17 +79,3 @@ def check_finite(plan: Plan, values: Tensor, tensor: TensorPlan, owner: str) -> 
 def finite(values: Tensor) -> bool:
     """Whether all values are finite: their sum is not if one is not; the exact check if the sum overflowed."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
-
-
-def fetch(tensor: TensorPlan) -> None:
-    """Ask the system to read the bytes of a tensor, while others are computed."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    given = [*tensor.models, *([tensor.base] if tensor.base else [])]
-    for header in (header for one in given for header in one.headers):
-        with contextlib.suppress(OSError):
-            file = os.open(header.path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(file, header.offset, min(header.nbytes, 2**26), os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(file)

@@ -68,12 +68,17 @@ class TensorPlan:
         return self.count * ITEM_SIZES[self.dtype]
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes that are read for it, in one pass."""
+    def headers(self) -> list[TensorHeader]:
+        """All that is read for it."""
         given = ([] if self.base is None else [self.base]) + list(self.models)
         learned = [one for one in (self.learned, self.mask) if one is not None]
         more = (*(self.statistics or ()), *(header for one in learned for header in one.headers))
-        return sum(header.nbytes for one in given for header in one.headers) + sum(header.nbytes for header in more)
+        return [*(header for one in given for header in one.headers), *more]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that are read for it, in one pass."""
+        return sum(header.nbytes for header in self.headers)
 
 
 @dataclass(frozen=True)

@@ -195,10 +195,10 @@ class Recipe(Strict):
         others = len(self.merged_models)
         most = math.inf if method.maximum is None else method.maximum
         if not max(1, method.minimum) <= others <= most:
-            accepted = str(method.minimum) if method.minimum == most else f"{method.minimum} or more"
-            raise ValueError(
-                f"merge_method {self.merge_method!r} takes {accepted} models beside the base, and there are {others}"
+            accepted = (
+                f"{method.minimum} or more models" if method.minimum != most else f"{method.minimum} model{'s' * (most > 1)}"
             )
+            raise ValueError(f"merge_method {self.merge_method!r} takes {accepted} beside the base, and there are {others}")
         return self
 
     def _check_mask(self, method: registry.Method) -> None:
@@ -287,6 +287,10 @@ def parse_recipe(text: str | bytes, name: str = "the recipe") -> Recipe:
     """Read a recipe from a text; see `load_recipe`."""
     try:
         table = yaml.load(text, Loader=_Loader)
+    except yaml.composer.ComposerError as error:
+        if "but found another document" not in str(error):
+            raise RecipeError(f"{name}: is not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{name}: has several recipes, with --- between them. Put each into a file of its own.") from error
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
         raise RecipeError(f"{name}: is not YAML: {' '.join(str(error).split())}") from error
     return make_recipe(table, name)
@@ -329,7 +333,9 @@ def _messages(error: ValidationError) -> Iterator[str]:
         if where in seen:
             continue
         seen.add(where)
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("model_type", "dict_type"):
+            yield f"{where}: expected a table{_AS_TABLE.get(location[0], '')}, not {item['input']!r}"
+        elif item["type"] == "extra_forbidden":
             yield f"unknown key {where!r}{_nearest(location)}"
         elif item["type"] == "missing":
             yield f"{where!r} is missing"
@@ -337,6 +343,9 @@ def _messages(error: ValidationError) -> Iterator[str]:
             message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
             given = "" if "input" not in item or isinstance(item["input"], (dict, list)) else f" (given: {item['input']!r})"
             yield f"{where}: {message}{'' if repr(item.get('input')) in message else given}"
+
+
+_AS_TABLE = {"models": ", as in `- model: NAME`", "parameters": ", as in `weight: 0.5`", "subspace": ", as in `seed: 1`"}
 
 
 def _is_alternative(part: Any) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..task_vectors.errors import OutputError, RecipeError, sentence
+from .ahead import Ahead
 from .files import OutputFiles, disk_error, put_in_place, sync_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
@@ -178,22 +179,23 @@ def _merge_into(
     identity = plan.identity()
     done = journal.read(identity) if resume else {}
     _check_space(folder, plan)
-    from .base_check import check_bases
-    from .execute import Settings, execute, verify_done  # imports torch: everything above needs none
+    with Ahead([tensor for tensor in plan.tensors if tensor.name not in done]) as ahead:
+        from .base_check import check_bases
+        from .execute import Settings, execute, verify_done  # imports torch: everything above needs none
 
-    check_bases(plan)
-    settings = Settings(threads or default_threads(), device)
-    outputs = OutputFiles(folder, plan.layout)
-    try:
-        done = verify_done(plan, outputs, done)
-        journal.start(identity, done)
-        if progress is not None:
-            settings.progress = progress
-            progress(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in done))
-        execute(plan, outputs, journal, done, settings)
-    except BaseException:
-        outputs.abandon()
-        raise
+        check_bases(plan)
+        settings = Settings(threads or default_threads(), device, taken=ahead.taken)
+        outputs = OutputFiles(folder, plan.layout)
+        try:
+            done = verify_done(plan, outputs, done)
+            journal.start(identity, done)
+            if progress is not None:
+                settings.progress = progress
+                progress(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in done))
+            execute(plan, outputs, journal, done, settings)
+        except BaseException:
+            outputs.abandon()
+            raise
     weights = outputs.close()
     write_side_files(folder, files)
     manifest = make_manifest(plan, weights, folder, hash_inputs)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
-from .headers import encode_header
 
 _scratch: Path | None = None  # where rewritten models are; None while pickles are refused
 
@@ -59,9 +58,8 @@ def _pickles(folder: Path) -> list[Path]:
 def _rewrite(files: list[Path], target: Path) -> None:
     import torch
 
-    from .reading import DTYPES
+    from .writing import CODES, entries_of, write_file
 
-    codes = {dtype: code for code, dtype in DTYPES.items()}
     tensors = {}
     for file in files:
         try:
@@ -72,10 +70,6 @@ def _rewrite(files: list[Path], target: Path) -> None:
             raise InputError(f"{file}: does not hold a plain table of tensors.")
         tensors.update(loaded)
     for name, tensor in tensors.items():
-        if tensor.dtype not in codes:
+        if tensor.dtype not in CODES:
             raise InputError(f"{files[0].parent}: {name!r} has the dtype {tensor.dtype}, which is not supported.")
-    header, _ = encode_header({name: (codes[t.dtype], tuple(t.shape)) for name, t in tensors.items()}, {"format": "pt"})
-    with open(target, "wb") as out:
-        out.write(header)
-        for tensor in tensors.values():
-            out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    write_file(target, entries_of(tensors), {"format": "pt"}, tensors.values())

@@ -6,20 +6,20 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .deltas import LowRank
-from .errors import InputError, OutputError
-from .headers import TensorHeader, encode_header
+from .errors import InputError
+from .headers import TensorHeader
 from .models import A_SUFFIX, B_SUFFIX, Given, Source, given_by, open_source, task_vector_deltas, without_base
 from .readers import read_adapter
 from .reading import GivenReader, Reader, read_tensor
 from .references import Reference
 from .sources import FORMAT_KEY, TASK_VECTOR, is_float
+from .writing import CODES, Entries, write_file
 
 CHUNK = 2**20  # values that are in memory at a time
 
@@ -191,35 +191,18 @@ class TaskVector:
         """Write a task-vector file, which `open`, recipes and `inspect` read.
 
         Low-rank tensors are written as `name::A` `[r, ...]` and `name::B` `[rows, r]`, the others as they are. The file
-        appears when it is whole.
+        appears when it is whole; the same vector gives the same bytes.
         """
-        from .reading import DTYPES
-
-        codes = {value: code for code, value in DTYPES.items()}
-        entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+        entries: Entries = {}
         for name, shape in self.shapes.items():
             rank = self.rank(name)
             if rank is None:
-                entries[name] = (codes[dtype], shape)
+                entries[name] = (CODES[dtype], shape)
             else:
-                entries[name + A_SUFFIX] = (codes[dtype], (rank, *shape[1:]))
-                entries[name + B_SUFFIX] = (codes[dtype], (shape[0], rank))
+                entries[name + A_SUFFIX] = (CODES[dtype], (rank, *shape[1:]))
+                entries[name + B_SUFFIX] = (CODES[dtype], (shape[0], rank))
         metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": self.base_name, "version": "1"}
-        header, _ = encode_header(entries, metadata)
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(header)
-                for name in self.shapes:
-                    for values in self._written(name):
-                        file.write(values.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        write_file(path, entries, metadata, (values.to(dtype) for name in self.shapes for values in self._written(name)))
 
     def _written(self, name: str) -> Iterator[Tensor]:
         factors = self.factors(name)

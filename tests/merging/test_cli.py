@@ -50,6 +50,15 @@ def test_merge_and_verify(command: Command) -> None:
     assert contents(Path("quiet")) == contents(Path("out"))
 
 
+def test_an_adapter_is_called_one(command: Command) -> None:
+    command("extract", "a", "lora", "--base", "base", "--rank", "2", "-q")
+    table = {"merge_method": "linear", "base_model": "base", "models": [{"model": "lora"}], "subspace": {"output": "adapter"}}
+    Path("adapter.yaml").write_text(yaml.safe_dump(table))
+    code, out, _ = command("merge", "adapter.yaml", "out")
+    assert code == 0
+    assert out.startswith(f"out: a LoRA adapter, {Path('out/adapter_model.safetensors').stat().st_size / 1000:.1f} kB, in ")
+
+
 def test_exit_codes(command: Command) -> None:
     assert command("merge", "recipe.yaml")[0] == 2
     message = "Error: nothing.yaml: the recipe cannot be read: No such file or directory.\n"
@@ -162,7 +171,10 @@ def test_extract_and_inspect(command: Command) -> None:
     code, _, err = command("inspect", "a")
     assert code == 3
     assert "name the base" in err
-    assert command("inspect", "lora", "--plot", "x.nothing")[0] == 2
+    for wrong, code, message in (("x.nothing", 2, "a picture ends in one of"), ("no/x.png", 4, "there is no folder no")):
+        found = command("inspect", "lora", "--plot", wrong)
+        assert (found[0], found[1]) == (code, "")  # said before the models are read
+        assert message in found[2]
 
 
 def test_export(command: Command, tmp_path: Path) -> None:

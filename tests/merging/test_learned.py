@@ -287,7 +287,7 @@ def test_recipes_that_do_not_go_together(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=message):
             make_plan(make_recipe(table))
     for place, message in (
-        ("lora0", r"lora0 is LORA, and merge_method 'atlas' replays a saved ATLAS"),
+        ("lora0", r"lora0 is LORA, and a saved ATLAS adapter is expected"),
         ("base", r"is a model,"),
     ):
         with pytest.raises(InputError, match=message):

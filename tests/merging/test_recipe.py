@@ -77,7 +77,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown method": ({"merge_method": "tise"}, "unknown merge method 'tise'; did you mean 'ties'"),
     "an unknown dtype": ({"dtype": "int8"}, "'int8' is not a dtype to merge in. Accepted: float16, bfloat16"),
     "no base": ({"base_model": None}, "'ties' needs a base_model"),
-    "too many": ({"merge_method": "slerp", "models": [{"model": m} for m in "abc"]}, "'slerp' takes 1 models beside the base"),
+    "too many": ({"merge_method": "slerp", "models": [{"model": m} for m in "abc"]}, "'slerp' takes 1 model beside the base"),
     "only the base": ({"models": [{"model": "base"}]}, "takes 1 or more models beside the base, and there are 0"),
     "none": ({"models": []}, "models: "),
     "slices": ({"slices": [{"sources": []}]}, "`slices` is not supported: layers cannot be stacked anew"),
@@ -87,8 +87,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a seed below zero": ({"subspace": {"seed": -1}}, "subspace.seed: "),
     "a size": ({"subspace": {"shard_size": "5 apples"}}, "'5 apples' is not a size such as 5GB"),
     "infinity": ({"parameters": {"lambda": float("inf")}}, "inf is not a finite number"),
+    "bare names": ({"models": ["a"]}, "models.0: expected a table, as in `- model: NAME`, not 'a'"),
+    "a method as parameters": ({"parameters": "ties"}, "parameters: expected a table, as in `weight: 0.5`, not 'ties'"),
     "a model that is a number": ({"models": [{"model": 3}]}, "3 does not name a model"),
 }
+
+
+def test_several_recipes_in_one_file() -> None:
+    with pytest.raises(RecipeError, match=r"has several recipes, with --- between them\. Put each into a file of its own"):
+        parse_recipe("merge_method: linear\n---\nmerge_method: ties\n")
 
 
 @pytest.mark.parametrize("case", WRONG)

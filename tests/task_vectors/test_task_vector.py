@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -15,6 +16,7 @@ from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeErr
 from peft_subspace.task_vectors.extract import extract_lora
 from peft_subspace.task_vectors.lora_files import json_bytes, safetensors_bytes, truncated
 from peft_subspace.task_vectors.task_vector import TaskVector, count_conflicts
+from peft_subspace.task_vectors.writing import entries_of, write_file
 from tests.merging.tiny import near, trio, write
 from tests.pico import MODELS, run
 
@@ -90,6 +92,28 @@ def test_a_dense_vector_saves_and_opens(tmp_path: Path) -> None:
     )
     with pytest.raises(OutputError, match="cannot be written"):
         a.save(tmp_path / "nowhere" / "tv.safetensors")
+
+
+def test_the_same_vector_gives_the_same_file(tmp_path: Path) -> None:
+    """Whoever learned with a vector knows it by the hash of its file."""
+    trio(tmp_path)
+    lora(tmp_path / "x", 0)
+    for vector in (TaskVector.open(tmp_path / letter, tmp_path / "base") for letter in "ax"):
+        written = set()
+        for number in range(4):
+            vector.save(tmp_path / f"{number}.safetensors")
+            written.add((tmp_path / f"{number}.safetensors").read_bytes())
+        assert len(written) == 1
+
+
+def test_a_file_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+    def values() -> Iterator[torch.Tensor]:
+        yield torch.zeros(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "x.safetensors", entries_of({"a": torch.zeros(2), "b": torch.zeros(2)}), {}, values())
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def add(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Tens
     if inputs.options["normalize"]:
         total = sum(inputs.weights)
         factor /= total if abs(total) >= 1e-8 else 1.0
-    return weighted_sum(kept, [w * s * factor for w, s in zip(inputs.weights, scales, strict=True)])
+    return weighted_sum(kept, [w * s * factor for w, s in zip(inputs.weights, scales, strict=True)], own=inputs.own)
 
 
 def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
@@ -35,7 +35,8 @@ def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Te
 
     Args:
         inputs: For `weights`, `normalize`, `lambda`, `majority_sign_method` and `semantics`.
-        kept: K tensors of one shape, zeros where nothing is kept; overwritten, unless they are `inputs.tensors`.
+        kept: K tensors of one shape, zeros where nothing is kept; overwritten, unless they are tensors that were lent to
+            `inputs`.
         scales: s_k.
 
     Source: TIES-Merging (arXiv:2306.01708), section 3; the differences: `docs/merge-methods.md`.
@@ -44,7 +45,8 @@ def elect(inputs: Inputs, kept: Sequence[Tensor], scales: Sequence[float]) -> Te
     before = [w * s if weighted else s for w, s in zip(inputs.weights, scales, strict=True)]
     after = [1.0 if weighted else w for w in inputs.weights]
     shares = inputs.weights if weighted else [1.0] * len(kept)
-    ballots = [_scaled(x, factor, tau) for x, factor, tau in zip(kept, before, inputs.tensors, strict=True)]
+    lent = [None if inputs.own else tau for tau in inputs.tensors]
+    ballots = [_scaled(x, factor, tau) for x, factor, tau in zip(kept, before, lent, strict=True)]
     if inputs.options["majority_sign_method"] == "frequency":
         tally = sum((ballot.sign() for ballot in ballots), torch.zeros_like(ballots[0]))
     else:
@@ -74,9 +76,9 @@ def _mean(agreeing: Sequence[Tensor], factors: Sequence[float], shares: Sequence
     return merged.div_(_without_zeros(divisor, shares))
 
 
-def _scaled(kept: Tensor, factor: float, delta: Tensor) -> Tensor:
-    """factor * kept, in place where `kept` is not the caller's own tensor."""
-    return kept * factor if kept is delta else kept.mul_(factor)
+def _scaled(kept: Tensor, factor: float, lent: Tensor | None) -> Tensor:
+    """factor * kept, in place where `kept` is not the tensor that was lent."""
+    return kept * factor if kept is lent else kept.mul_(factor)
 
 
 def _without_zeros(divisor: Tensor, shares: Sequence[float]) -> Tensor:

@@ -96,41 +96,63 @@ def _steps(kind: Kind, job: Job) -> tuple[int, int]:
     return max(1, job.chunk // tile) * tile, tile
 
 
-def _inputs(job: Job, kind: Kind, settled: Inputs, part: Part, start: int, length: int, offset: int) -> Inputs:
-    """One tile of a part, in the dtype of the computation, as what the method acts on."""
-    shape = {"elementwise": None, "rows": (-1, job.columns), "matrix": job.shape}[kind]
+class _Tiles:
+    """Makes the tiles of one tensor, in the dtype of the computation, one after the other in the same memory.
 
-    def tile(tensor: Tensor) -> Tensor:
-        flat = tensor if tensor.dim() == 1 else tensor.reshape(-1)
-        flat = flat[offset : offset + length].to(job.device, job.dtype)
-        return flat if shape is None else flat.view(shape)
+    That memory stays in the core's caches; a new tensor for every tile, out of wherever the allocator has room, does not.
+    """
 
-    base = None if part.base is None else tile(part.base)
-    wants_delta = job.method.acts_on == "delta"
-    are_deltas = part.are_deltas or [part.base is None and wants_delta] * len(part.tensors)
-    tensors = []
-    for tensor, is_delta in zip(part.tensors, are_deltas, strict=True):
-        value = tile(tensor)
-        if base is not None and wants_delta != is_delta:
-            own = value.dtype != tensor.dtype  # converted: a tensor that nobody else has
-            value = (value.sub_ if own else value.sub)(base) if wants_delta else (value.add_ if own else value.add)(base)
-        tensors.append(value)
-    if job.mask is not None:
-        tensors = job.mask.applied(tensors, start)
-    statistics = part.statistics
-    if statistics is not None and kind != "matrix":
-        statistics = [tile(statistic) for statistic in statistics]
-    return replace(settled, base=base, tensors=tensors, start=start, statistics=statistics)
+    def __init__(self, job: Job, kind: Kind, settled: Inputs) -> None:
+        self.job, self.kind, self.settled = job, kind, settled
+        self.device = torch.device(job.device)
+        self.shape = None if kind == "elementwise" else job.shape if kind == "matrix" else (-1, job.columns)
+        self.buffers: dict[int, Tensor] = {}
+
+    def inputs(self, part: Part, start: int, length: int, offset: int) -> Inputs:
+        """One tile of a part, as what the method acts on; good until the next one is made."""
+        wants_delta = self.job.method.acts_on == "delta"
+        base, own_base = (None, True) if part.base is None else self._tile(part.base, 0, offset, length)
+        are_deltas = part.are_deltas or [part.base is None and wants_delta] * len(part.tensors)
+        tensors, own = [], True
+        for k, (tensor, is_delta) in enumerate(zip(part.tensors, are_deltas, strict=True), 1):
+            value, copied = self._tile(tensor, k, offset, length)
+            if base is not None and wants_delta != is_delta:
+                out = value if copied else self._buffer(k, length).view(value.shape)
+                value, copied = (torch.sub if wants_delta else torch.add)(value, base, out=out), True
+            own = own and copied
+            tensors.append(value)
+        if self.job.mask is not None:
+            tensors, own = self.job.mask.applied(tensors, start), True
+        statistics = part.statistics
+        if statistics is not None and self.kind != "matrix":
+            first = len(tensors) + 1
+            statistics = [self._tile(each, n, offset, length)[0] for n, each in enumerate(statistics, first)]
+        return replace(self.settled, base=base, tensors=tensors, start=start, statistics=statistics, own=own_base and own)
+
+    def _tile(self, tensor: Tensor, slot: int, offset: int, length: int) -> tuple[Tensor, bool]:
+        """Values of a part, and whether they are a copy."""
+        flat = (tensor if tensor.dim() == 1 else tensor.reshape(-1))[offset : offset + length]
+        copied = flat.dtype != self.job.dtype or flat.device != self.device
+        if copied:
+            flat = self._buffer(slot, length).copy_(flat)
+        return flat if self.shape is None else flat.view(self.shape), copied
+
+    def _buffer(self, slot: int, length: int) -> Tensor:
+        buffer = self.buffers.get(slot)
+        if buffer is None or buffer.numel() < length:
+            buffer = self.buffers[slot] = torch.empty(length, dtype=self.job.dtype, device=self.device)
+        return buffer if buffer.numel() == length else buffer[:length]
 
 
 def _tiles(job: Job, kind: Kind, settled: Inputs) -> Iterator[Inputs]:
-    """All tiles of a tensor in order; each is read when it is asked for."""
+    """All tiles of a tensor in order; each is read when it is asked for, and then the one before is no more."""
     chunk, size = _steps(kind, job)
+    tiles = _Tiles(job, kind, settled)
     for start in range(0, job.count, max(1, chunk)):
         stop = min(start + chunk, job.count)
         part = job.read(start, stop)
         for first in range(start, stop, size):
-            yield _inputs(job, kind, settled, part, first, min(size, stop - first), first - start)
+            yield tiles.inputs(part, first, min(size, stop - first), first - start)
 
 
 def settle(job: Job) -> tuple[Kind, Inputs]:
@@ -180,19 +202,22 @@ def reduce_tensors(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def map_tensor(job: Job, reduced: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
-    """Yield the merged tensor in parts, `(start, flat part)`, in order, in the dtype of the computation."""
+    """Yield the merged tensor in parts, `(start, flat part)`, in order, in the dtype of the computation.
+
+    A part is good until the next one is asked for.
+    """
     kind, settled = settle(job)
     settled = replace(settled, reduced=reduced)
     kernel = job.method.merge
     for inputs in _tiles(job, kind, settled):
         merged = kernel(inputs)
         if job.method.acts_on == "delta" and inputs.base is not None and not job.as_delta:
-            merged = inputs.base + merged
+            merged = torch.add(inputs.base, merged, out=inputs.base if inputs.own else None)
         elif job.method.acts_on == "model" and job.as_delta and inputs.base is not None:
             merged = merged - inputs.base
         yield inputs.start, merged.reshape(-1)
 
 
 def reduce_and_map(job: Job) -> Iterator[tuple[int, Tensor]]:
-    """Run a method's passes, then yield the merged tensor in parts, in order. Engine and `merge_tensors` both call this."""
+    """Run a method's passes, then yield the merged tensor in parts, as `map_tensor` does."""
     yield from map_tensor(job, reduce_tensors([job]))

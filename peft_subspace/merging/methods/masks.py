@@ -22,18 +22,26 @@ Draw = Callable[[Inputs, int], "np.ndarray | None"]
 _LANES = -np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.int32)
 
 
-def apply(mask: np.ndarray, x: Tensor) -> Tensor:
-    """x where the mask's bit is set, else 0; a new tensor.
+def apply(mask: np.ndarray, x: Tensor, own: bool = False) -> Tensor:
+    """x where the mask's bit is set, else 0; in place if `own`, else a new tensor.
 
     For float32 on a CPU the mask is spread to all ones or all zeros over the bits of x: a tenth of the time of `where`.
 
     Args:
         mask: `[ceil(n / 8)]` uint8, the lowest bit first.
         x: n entries, contiguous.
+        own: Whether x may be overwritten.
     """
     if x.dtype == torch.float32 and x.device.type == "cpu":
-        spread = torch.from_numpy(np.take(_LANES, mask, axis=0, mode="clip")).view(-1)[: x.numel()]
-        return spread.bitwise_and_(x.view(torch.int32).view(-1)).view(torch.float32).view(x.shape)
+        spread = torch.from_numpy(_LANES.take(mask, axis=0, mode="clip").reshape(-1))
+        flat = x if x.dim() == 1 else x.view(-1)
+        if spread.numel() != flat.numel():
+            spread = spread[: flat.numel()]
+        if own:
+            flat.view(torch.int32).bitwise_and_(spread)
+            return x
+        kept = spread.bitwise_and_(flat.view(torch.int32)).view(torch.float32)
+        return kept if x.dim() == 1 else kept.view(x.shape)
     bits = np.unpackbits(mask, count=x.numel(), bitorder="little")
     return x * torch.from_numpy(bits).to(x.device, x.dtype).view(x.shape)
 
@@ -45,7 +53,7 @@ def masked(inputs: Inputs, k: int, draw: Draw) -> Tensor:
     mask = found["held"][k].get(inputs.start) if found else None
     if mask is None:
         mask = draw(inputs, k)
-    return tensor if mask is None else apply(mask, tensor)
+    return tensor if mask is None else apply(mask, tensor, inputs.own)
 
 
 def scales(inputs: Inputs) -> Sequence[float]:
@@ -74,9 +82,9 @@ class Masks:
             mask = self.draw(inputs, k)
             if mask is None:
                 continue
-            size = inputs.tensors[k].abs()
+            size = inputs.tensors[k].abs_() if inputs.own else inputs.tensors[k].abs()
             before += block_sums(size)
-            after += block_sums(apply(mask, size))
+            after += block_sums(apply(mask, size, own=True))
             if state["hold"]:
                 state["held"][k][inputs.start] = mask
 

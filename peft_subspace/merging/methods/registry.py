@@ -85,6 +85,7 @@ class Inputs:
         semantics: Whose definition to follow where tools differ.
         statistics: K tensors that belong to this one (`Method.statistics`), or None.
         learned: What was learned for this tensor (`Method.learned`), or None.
+        own: Whether `tensors` and `base` are copies for this one call, which may be overwritten.
     """
 
     base: Tensor | None
@@ -100,6 +101,7 @@ class Inputs:
     semantics: Semantics = "mergekit"
     statistics: Sequence[Tensor] | None = None
     learned: Any = None
+    own: bool = False
 
 
 class Pass(Protocol):

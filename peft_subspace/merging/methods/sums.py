@@ -103,9 +103,9 @@ class Gram:
         return torch.stack(rows, -2)
 
 
-def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Sigma_k c_k x_k, in order."""
-    total = tensors[0] * coefficients[0]
+def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float], own: bool = False) -> Tensor:
+    """Sigma_k c_k x_k, in order; in place of x_0 if `own`."""
+    total = tensors[0].mul_(coefficients[0]) if own else tensors[0] * coefficients[0]
     for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
         total.add_(tensor, alpha=coefficient)
     return total

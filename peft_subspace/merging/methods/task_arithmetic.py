@@ -15,7 +15,7 @@ def linear(inputs: Inputs) -> Tensor:
     Cost: 1 read, 2 flops for each entry of each model.
     Source: Model soups (arXiv:2203.05482); mergekit's `linear`, which normalises by default as well.
     """
-    merged = weighted_sum(inputs.tensors, inputs.weights)
+    merged = weighted_sum(inputs.tensors, inputs.weights, own=inputs.own)
     return merged.div_(sum(inputs.weights)) if inputs.options["normalize"] else merged
 
 
