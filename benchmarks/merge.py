@@ -209,11 +209,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     settings = {key: getattr(args, key) for key in ("size", "threads", "rounds", "nice", "cold")}
     report: dict[str, Any] = {**measure.environment(torch.device("cpu")), "settings": settings, "methods": {}, "start": {}}
     if args.add:
-        report |= {
-            key: value
-            for key, value in measure.read_json(args.name, args.out).items()
-            if key in ("methods", "start", "difference")
-        }
+        before = measure.read_json(args.name, args.out)
+        report |= {key: before[key] for key in ("methods", "start", "difference") if key in before}
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
         place_models(folder, args)
@@ -270,7 +267,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             ratio = ""
             if row == "ours" and "mergekit" in rows:
                 theirs = [one["cpu_s"] for one in rows["mergekit"]]
-                whole = Spread.of_ratio(theirs, [one["cpu_s"] for one in runs])
+                whole = Spread.of_ratio(theirs, [one["cpu_s"] for one in runs][-len(theirs) :])  # ours may have runs of its own
                 work = (Spread.of(theirs).median - own_start["mergekit"]) / max(cpu.median - own_start["ours"], 1e-9)
                 ratio = f"{whole.text(1)}; work alone {work:.1f}"
             table.add_row(
@@ -317,8 +314,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(sys.argv[1:] if argv is None else argv)
     console = Console(width=140)
     report = run(args, console)
-    show(report, console)
     path = measure.write_json(report, args.name, args.out)
+    show(report, console)
     console.print(f"Written: {path.name}")
     return report
 
