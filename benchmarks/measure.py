@@ -358,6 +358,12 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def read_json(name: str, folder: Path | None) -> dict[str, Any]:
+    """A report that was written before; empty if there is none."""
+    path = (folder or RESULTS) / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_json(report: dict[str, Any], name: str, folder: Path | None) -> Path:
     """Write a report to `<folder>/<name>.json`; the default folder is benchmarks/results."""
     path = (folder or RESULTS) / f"{name}.json"

@@ -183,6 +183,17 @@ def starts(folder: Path) -> dict[str, list[str]]:
     return rows
 
 
+def place_models(folder: Path, args: argparse.Namespace) -> None:
+    """Make the models in the folder, or link it to those of an earlier run."""
+    if args.models is None:
+        return make_models(folder, SIZES[args.size])
+    models = args.models.resolve()
+    if not (models / "c" / "config.json").exists():  # the last that is written
+        make_models(models, SIZES[args.size])
+    for name in ("base", "a", "b", "c"):
+        (folder / name).symlink_to(models / name)
+
+
 def forget(folder: Path) -> None:
     """Let the system drop the models from memory, so that the next process reads them from the disk."""
     for path in folder.glob("*/model.safetensors"):
@@ -197,9 +208,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     environment = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     settings = {key: getattr(args, key) for key in ("size", "threads", "rounds", "nice", "cold")}
     report: dict[str, Any] = {**measure.environment(torch.device("cpu")), "settings": settings, "methods": {}, "start": {}}
+    if args.add:
+        before = measure.read_json(args.name, args.out)
+        report |= {key: before[key] for key in ("methods", "start", "difference") if key in before}
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
-        make_models(folder, SIZES[args.size])
+        place_models(folder, args)
         write_recipe(folder, "linear")
         report["bytes"] = (folder / "base" / "model.safetensors").stat().st_size
         jobs = {("start", row): command for row, command in starts(folder).items()}
@@ -221,7 +235,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 if key[1] in ("ours", "mergekit") and (folder / "out").exists() and number == 0:
                     shutil.move(folder / "out" / "model.safetensors", folder / f"{key[0]}-{key[1]}.safetensors")
                 shutil.rmtree(folder / "out", ignore_errors=True)
-        report["difference"] = {method: _difference(folder, method) for method in args.methods}
+        found = {method: _difference(folder, method) for method in args.methods}
+        report["difference"] = {**report.get("difference", {}), **{method: one for method, one in found.items() if one}}
     return report
 
 
@@ -252,7 +267,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             ratio = ""
             if row == "ours" and "mergekit" in rows:
                 theirs = [one["cpu_s"] for one in rows["mergekit"]]
-                whole = Spread.of_ratio(theirs, [one["cpu_s"] for one in runs])
+                whole = Spread.of_ratio(theirs, [one["cpu_s"] for one in runs][-len(theirs) :])  # ours may have runs of its own
                 work = (Spread.of(theirs).median - own_start["mergekit"]) / max(cpu.median - own_start["ours"], 1e-9)
                 ratio = f"{whole.text(1)}; work alone {work:.1f}"
             table.add_row(
@@ -281,6 +296,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="drop the models from the page cache before every process")
     parser.add_argument("--no-mergekit", dest="mergekit", action="store_false")
     parser.add_argument("--folder", type=Path, help="where the models are made")
+    parser.add_argument("--models", type=Path, help="make the models in this folder and keep them, or use those that are there")
+    parser.add_argument("--add", action="store_true", help="add to the measurements in the JSON file")
     parser.add_argument("--quick", action="store_true", help="tiny models, one round, two methods")
     parser.add_argument("--name", help="of the JSON file")
     parser.add_argument("--out", type=Path, help="folder of the JSON file; benchmarks/results")
@@ -297,8 +314,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(sys.argv[1:] if argv is None else argv)
     console = Console(width=140)
     report = run(args, console)
-    show(report, console)
     path = measure.write_json(report, args.name, args.out)
+    show(report, console)
     console.print(f"Written: {path.name}")
     return report
 

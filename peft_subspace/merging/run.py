@@ -67,6 +67,8 @@ def merge(
         plan = make_plan(found)
     _keep_inputs(plan, out)
     if plan.recipe.subspace.output == "adapter":
+        if device != "cpu":
+            raise RecipeError(f"--device {device}: adapters are small and merged on the CPU; leave it out.")
         from .adapters_out import merge_adapters
 
         return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)

@@ -56,6 +56,7 @@ def test_an_adapter_is_called_one(command: Command) -> None:
     Path("adapter.yaml").write_text(yaml.safe_dump(table))
     code, out, _ = command("merge", "adapter.yaml", "out")
     assert code == 0
+    assert command("merge", "adapter.yaml", "other", "--device", "cuda")[0] == 2  # not passed over in silence
     assert out.startswith(f"out: a LoRA adapter, {Path('out/adapter_model.safetensors').stat().st_size / 1000:.1f} kB, in ")
 
 
