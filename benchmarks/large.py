@@ -108,6 +108,7 @@ def one(method: str, layers: int, targets: list[str], folder: Path) -> dict[str,
     return {
         "base_bytes": sum(p.nbytes for name, p in adapted.named_parameters() if "_delta" not in name and "lora_" not in name),
         "adapter_bytes": held(adapted, method),
+        "pool_bytes": sum(Path(path).stat().st_size for path in pool.values()),
         "growth_bytes": growth,
         "forward_growth_bytes": forward,
         "cpu_seconds": seconds,
