@@ -51,6 +51,7 @@ FINE_TUNING = {"text": (5e-5, 2), "image": (2e-5, 2)}  # rate of the encoder, ep
 BATCH = 8
 SHOTS, SCALES = 4, (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 LAMBDA, GRID, STEPS = 0.3, (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5), 40
+TUNED = ["linear", "norm", "bias", "other"]  # the embeddings have no difference
 SWEEP_SEED = 100  # models and draws that the rates are chosen with
 MASK_RATES, COEFFICIENT_RATES = (0.003, 0.01, 0.03), (0.003, 0.01, 0.03)
 
@@ -297,12 +298,14 @@ def by_labels(suite: Suite, seed: int, config: Any, rate: float, part: str = "te
 
 def atlas(suite: Suite, granularity: str, start: float = LAMBDA) -> AtlasConfig:
     """One coefficient for each vector, or for each vector and parameter."""
-    return AtlasConfig(pool=suite.pool, granularity=granularity, init=start)
+    return AtlasConfig(pool=suite.pool, granularity=granularity, init=start, block_types=TUNED)
 
 
 def concrete(suite: Suite, seed: int, learned: Any) -> ConcreteConfig:
     """The paper's settings."""
-    return ConcreteConfig(pool=suite.pool, coefficients=LAMBDA, learn_coefficients=learned, seed=seed, save_mask="float32")
+    return ConcreteConfig(
+        pool=suite.pool, coefficients=LAMBDA, learn_coefficients=learned, seed=seed, save_mask="float32", block_types=TUNED
+    )
 
 
 METHODS: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
