@@ -237,13 +237,19 @@ def _scratch(size: int, like: Tensor) -> Tensor:
     On a CPU up to `KEPT` values stay for the next call: fresh pages, which the system clears one by one, cost as much there as
     half of the mask.
     """
-    if like.device.type != "cpu" or size > KEPT:
+    if not _is_plain(like) or size > KEPT:
         return like.new_empty(size)
     kept: Tensor | None = getattr(_LOCAL, "scratch", None)
     if kept is None or kept.dtype != like.dtype or kept.numel() < size:
         with torch.inference_mode(False):  # it must be good for training later
-            _LOCAL.scratch = kept = torch.empty(size, dtype=like.dtype)
+            kept = torch.empty(size, dtype=like.dtype, device="cpu")
+        if _is_plain(kept):  # and no stand-in of a mode that is active now
+            _LOCAL.scratch = kept
     return kept[:size]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def _cuts(size: int, step: int = CHUNK) -> list[tuple[int, int]]:

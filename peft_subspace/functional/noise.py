@@ -41,10 +41,12 @@ def draws(stream: tuple[Any, ...], first: int, count: int) -> np.ndarray:
 
 
 def fingerprint(values: Tensor) -> Tensor:
-    """A number of a tensor's bits, int64, no dimension: another one after any step of an optimizer.
+    """A number of a tensor's bits, int64, no dimension: in practice another one after each step of an optimizer.
 
-    The sum of its bits read as integers of 64 bits, plus what is left at the end as those of 8 (overflow wraps around).
-    Contiguous tensors only. Cost: one pass over the bits.
+    The sum of its bits read as integers of 64 bits, plus what is left at the end as those of 8 (overflow wraps around). It is
+    no hash: values that change places, or an even number of changed signs and nothing else, can leave it as it was. A sample
+    would then have the noise of the one before; nothing else depends on it. Contiguous tensors only. Cost: one pass over the
+    bits.
     """
     flat = values.reshape(-1)
     per = 8 // flat.element_size()

@@ -210,14 +210,14 @@ def _other(record: Mapping[str, Any], given: str, base: Reference) -> InputError
 
 def open_mask(
     recipe: Recipe, known: Mapping[str, TensorHeader], config: Mapping[str, Any]
-) -> tuple[Learned, Mapping[str, LearnedTensor]] | None:
-    """The adapter of `subspace.mask`, and name of a tensor of the base -> its mask there; None for a recipe without one."""
+) -> tuple[Learned, LearnedTensors] | None:
+    """The adapter of `subspace.mask`, and its mask of each tensor of the base; None for a recipe without one."""
     if recipe.subspace.mask is None:
         return None
     from .methods.registry import get
 
     learned = open_learned(recipe.subspace.mask, "concrete", "mask")
-    return learned, learned_tensors(learned, get("concrete").learned_tensor, known, config).tensors
+    return learned, learned_tensors(learned, get("concrete").learned_tensor, known, config)
 
 
 # The tensors -------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,10 @@ class _Planner:
         self.found = None if learned is None else learned_tensors(learned, method.learned_tensor, self.known, self.config)
         opened = open_mask(recipe, self.known, self.config)
         self.mask = None if opened is None else opened[0]
-        self.masks: Mapping[str, LearnedTensor] = {} if opened is None else opened[1]
+        self.masks: Mapping[str, LearnedTensor] = {} if opened is None else opened[1].tensors
+        if opened is not None and opened[1].whole:
+            whole = shortened(sorted(opened[1].whole))
+            self.notes.append(f"{recipe.subspace.mask}: its mask is applied; {whole}, which it trained whole, is not taken.")
 
     def plan(self) -> Plan:
         own = open_base_tensors(self.reference)

@@ -218,3 +218,31 @@ def test_the_order_of_bits_is_the_documented_one() -> None:
 def test_bits_of_another_mask_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match="2 bytes hold masks of 9 to 16 bits"):
         unpack_bits(torch.zeros(2, dtype=torch.uint8), count)
+
+
+def test_room_that_stays_belongs_to_no_mode_or_device() -> None:
+    """A call under a default device or with stand-ins of tensors leaves nothing behind that breaks the next one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def composed() -> torch.Tensor:
+        total = torch.zeros(64, device="cpu")
+        tau = Dense(torch.ones(64, device="cpu"))
+        Masked(Mask(torch.zeros(64, device="cpu")), [tau]).accumulate(total)
+        return total
+
+    expected = composed()
+    concrete_mask._LOCAL.__dict__.clear()
+    with torch.device("meta"):
+        composed()
+    assert torch.equal(composed(), expected)
+    concrete_mask._LOCAL.__dict__.clear()
+    with FakeTensorMode():
+        composed()
+    assert torch.equal(composed(), expected)
+    with torch.inference_mode():
+        composed()
+    total = composed()
+    grad = Masked(Mask(torch.zeros(64)), [Dense(torch.ones(64))]).pull_back(torch.ones(64))[0]
+    assert grad is not None
+    assert not grad.is_inference()
+    assert torch.equal(total, expected), "a later call does not write into an earlier result"

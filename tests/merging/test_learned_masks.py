@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,46 @@ def test_a_mask_that_is_none(tmp_path: Path) -> None:
     asked["subspace"]["mask"] = str(tmp_path / "v0.safetensors")
     with pytest.raises(InputError, match=r"subspace\.mask: .* is a task vector, and a saved CONCRETE adapter is expected"):
         make_plan(make_recipe(asked))
+
+
+def test_a_mask_of_another_base_is_refused(tmp_path: Path) -> None:
+    learn_dense(tmp_path, "llama")
+    asked = masked(tmp_path, "ties", [tmp_path / f"v{k}.safetensors" for k in range(3)], True)
+    other: Any = MODELS["llama"].model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"the base is not the one that .* was learned on"):
+        make_plan(make_recipe({**asked, "base_model": str(tmp_path / "other")}))
+
+
+def test_a_mask_of_directions_is_refused(tmp_path: Path) -> None:
+    learn(tmp_path, "llama", low_rank=True, kind=ConcreteConfig, granularity="rank")
+    with pytest.raises(InputError, match="directions of low-rank vectors"):
+        make_plan(make_recipe(masked(tmp_path, "task_arithmetic", [tmp_path / "lora0"], True)))
+
+
+def test_a_masked_task_vector_is_verified_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """The mask is an input like the models: its files are in the manifest, and a journal belongs to them."""
+    learn_dense(tmp_path, "llama")
+    models = [tmp_path / f"v{k}.safetensors" for k in range(3)]
+    asked = masked(tmp_path, "ties", models, True, subspace={"output": "task_vector"})
+    merge(asked, tmp_path / "out")
+    verify(tmp_path / "out")
+    inputs = json.loads((tmp_path / "out" / "merge_manifest.json").read_text())["inputs"]
+    assert any(name.endswith("adapter: adapter_model.safetensors") for name in inputs)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(count: int) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        merge(asked, tmp_path / "again", progress=kill)
+    merge(asked, tmp_path / "again", resume=True)
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
 def test_a_masked_adapter_is_written_by_its_leading_directions(tmp_path: Path) -> None:
