@@ -191,9 +191,16 @@ def _by_hash(learned: Learned, given: Sequence[Reference], base: Reference) -> l
 
 
 def _is(record: Mapping[str, Any], source: Source, base: Source) -> bool:
-    """Whether a model has the hashes of a record; whole models are known by their base's too. A dry run may not know yet."""
+    """Whether a model has the hashes of a record; whole models are known by their base's too. A dry run may not know yet.
+
+    The vector that is bundled with the adapter stands for the one that it was made of: a recipe that a merge wrote lists it.
+    """
     if not all(has_values(file.path) for part in source.checkpoints for file in part.files):
         return True
+    if record.get("bundle"):
+        own = record_of(str(record["name"]), source, None)
+        if digest(identity(own)) == digest(identity({"parts": [record["bundle"]]})):
+            return True
     if "base_parts" in record and not all(has_values(file.path) for part in base.checkpoints for file in part.files):
         record = {key: value for key, value in record.items() if key != "base_parts"}
     theirs = record_of(str(record["name"]), source, base if "base_parts" in record else None)

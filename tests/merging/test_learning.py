@@ -230,11 +230,20 @@ def test_an_interrupted_learning_goes_on_to_the_same_bytes(tmp_path: Path, monke
         assert read(merge(table, tmp_path / "out", resume=True)).keys() == expected.keys()
 
 
-def test_the_result_is_merged_again_without_the_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{}, {"bundle_vectors": True}], ids=["pool", "bundle"])
+def test_the_result_is_merged_again_without_the_data(config: dict[str, Any], tmp_path: Path) -> None:
     classifiers(tmp_path)
-    merge(recipe(tmp_path), tmp_path / "out")
+    merge(recipe(tmp_path, config=config), tmp_path / "out")
     for name in CLASSES:
         (tmp_path / f"{name}.jsonl").unlink()
+        if config:
+            shutil.rmtree(tmp_path / name)
+    if config:  # the vectors beside the adapter are all there is
+        table = {"merge_method": "atlas", "subspace": {"learned": str(tmp_path / "out.learned")}}
+        merge(table, tmp_path / "bundle")
+        merge(tmp_path / "bundle" / "merge_recipe.yaml", tmp_path / "again")
+        assert contents(tmp_path / "bundle") == contents(tmp_path / "again")
+        return
     merge(tmp_path / "out" / "merge_recipe.yaml", tmp_path / "again")
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
