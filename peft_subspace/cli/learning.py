@@ -41,7 +41,9 @@ def learn_first(recipe: Recipe, out: Path, *, quiet: bool, **options: Any) -> Re
     try:
         found = learn(recipe, out, say=lambda text: console.say(text, quiet), **options)
     except KeyboardInterrupt:
-        console.fail(f"interrupted. Go on with --resume, or remove {learned_path(out)}.partial.")
+        partial = Path(f"{learned_path(out)}.partial")
+        way = f"Go on with --resume, or remove {partial}." if partial.exists() else "Nothing was learned yet."
+        console.fail(f"interrupted. {way}")
         raise typer.Exit(130) from None
     console.say(f"{learned_path(out)}: what was learned.", quiet)
     return found

@@ -90,11 +90,11 @@ def learn(
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(partial, error) from error
-    goes_on = (partial / "checkpoint").exists() or (partial / "checkpoint.old").exists()
+    goes_on = _begun(partial)
     try:
         _learn_into(partial, recipe, _replay(recipe, partial), goes_on, device, say)
-    except ValueError:
-        if not goes_on:  # it would fail again; a checkpoint is kept
+    except BaseException:
+        if not _begun(partial):  # nothing was learned that one could go on from; a checkpoint is kept
             shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(partial / "checkpoint", ignore_errors=True)
@@ -102,6 +102,10 @@ def learn(
         shutil.rmtree(folder)
     partial.rename(folder)
     return replay
+
+
+def _begun(partial: Path) -> bool:
+    return any((partial / name).exists() for name in ("checkpoint", "checkpoint.old"))
 
 
 def _replay(recipe: Recipe, folder: Path) -> Recipe:

@@ -22,11 +22,23 @@ from peft import PeftModel
 from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.cli import run
 from peft_subspace.merging import make_plan, merge, verify
+from peft_subspace.merging.learn_fields import TYPES, check_fields
 from peft_subspace.merging.learn_options import CONFIGS
 from peft_subspace.merging.recipe import make_recipe
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
 from peft_subspace.training import MergeTrainer
-from tests.merging.learn_cases import CLASSES, COMMON, WORDS, classifiers, recipe, write_head, write_rows, writers
+from tests.merging.learn_cases import (
+    CLASSES,
+    COMMON,
+    WORDS,
+    classifiers,
+    last_token_classifiers,
+    recipe,
+    rows_of,
+    write_head,
+    write_rows,
+    writers,
+)
 from tests.merging.tiny import contents, read
 
 pytestmark = [
@@ -93,9 +105,13 @@ def test_classifiers_with_heads_of_their_own(
     assert "cross-entropy at the start" in (tmp_path / "out.learned" / "README.md").read_text() or loss == "entropy"
 
 
-def test_the_loss_is_that_of_the_single_models_heads(tmp_path: Path) -> None:
-    """With one vector whole (init 1) a task's own model answers: its entropy is that of step 0."""
-    classifiers(tmp_path)
+@pytest.mark.parametrize("make", [classifiers, last_token_classifiers])
+def test_the_loss_is_that_of_the_single_models_heads(make: Any, tmp_path: Path) -> None:
+    """With one vector whole (init 1) a task's own model answers: its entropy is that of step 0.
+
+    Those that answer at the last token have no padding token in their config, and texts are of different lengths.
+    """
+    make(tmp_path)
     tasks = [{"name": "a", "data": str(tmp_path / "a.jsonl"), "text": "text"}]
     table = recipe(tmp_path, tasks=tasks, config={"init": {"a": 1.0}}, eval_batches=100, select="last")
     merge(table, tmp_path / "out")
@@ -122,6 +138,26 @@ def test_a_base_with_a_head_of_other_classes_says_what_to_do(tmp_path: Path) -> 
     tf.BertForSequenceClassification(tf.BertConfig(**COMMON, num_labels=7)).save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match=r"(?s)classifier\.weight.*name its encoder alone as base_model: AutoModel"):
         merge(recipe(tmp_path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [classifiers, last_token_classifiers])
+def test_texts_longer_than_the_base_has_positions_are_cut(make: Any, tmp_path: Path) -> None:
+    make(tmp_path)
+    rows = [{"text": " ".join(["w1"] * 200), "label": 0}, *rows_of(0)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": int(1e30)}))
+    merge(recipe(tmp_path, eval_batches=100), tmp_path / "out")
+    assert record(tmp_path)["result"]["loss"].keys() == CLASSES.keys()
+
+
+def test_what_fails_before_a_checkpoint_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifiers(tmp_path)
+    for error in (TypeError, KeyboardInterrupt):
+        monkeypatch.setattr(MergeTrainer, "train", lambda self, resume, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            merge(recipe(tmp_path), tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("encoder_decoder", [False, True])
@@ -287,6 +323,16 @@ def test_recipes_that_do_not_fit_together(tmp_path: Path) -> None:
         (recipe(tmp_path, tasks=[{**one, "answers": ["x", "x"]}]), r"two or more different texts"),
         (recipe(tmp_path, tasks=[{"name": "a", "data": "x"}]), r"one of `text` and `image`"),
         (recipe(tmp_path, tasks=[{**one, "label": None, "held_out": 3}]), r"needs a `label` column"),
+        (recipe(tmp_path, tasks=[{**one, "text": "{} x"}]), r"task 'a': text: '\{\} x' has \{\}; write \{column\}"),
+        (
+            recipe(tmp_path, tasks=[{**one, "text": "{text x"}]),
+            r"task 'a': text: '\{text x' cannot be read .* write \{column\}",
+        ),
+        (recipe(tmp_path, tasks=[{**one, "text": "{text:d}"}]), r"task 'a': text: '\{text:d\}' has \{text:d\}; write \{column"),
+        (recipe(tmp_path, tasks=[{**one, "text": "{{text}}"}]), r"task 'a': text: '\{\{text\}\}' has no \{column\}"),
+        (recipe(tmp_path, config={"target_modules": 5}), r"config: target_modules: 5 is not accepted; write a text or a list"),
+        (recipe(tmp_path, config={"selected": 5}), r"config: selected: 5 is not accepted; write a table"),
+        (recipe(tmp_path, "concrete", config={"block_types": 5}), r"config: block_types: 5 is not accepted; write a list"),
         (recipe(tmp_path, steps=0), r"steps.* greater than or equal to 1"),
         ({**recipe(tmp_path), "merge_method": "linear"}, r"subspace\.learn goes with methods that are learned"),
         ({**recipe(tmp_path), "base_model": None}, r"subspace\.learn needs a base_model"),
@@ -305,6 +351,9 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
     one = labelled(tmp_path)[0]
     write_rows(tmp_path, "wide", 0, label=7)
     write_rows(tmp_path, "words", 0, label="good")
+    write_rows(tmp_path, "lists", 0, label=[1])
+    gaps = [*rows_of(0), {"text": None, "label": 0}, *rows_of(1)]
+    (tmp_path / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gaps))
     (tmp_path / "broken.jsonl").write_text("{")
     (tmp_path / "notes.txt").write_text("x")
     wide = {**one, "data": str(tmp_path / "wide.jsonl")}
@@ -316,6 +365,11 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
         ({**one, "head": str(tmp_path / "base")}, r"has no head of BertModel \(classifier\.weight, classifier\.bias\)\. Write"),
         ({**wide, "head": write_head(tmp_path, 5)}, r"the label 7 is no number of a class: the head has 5 classes"),
         ({**one, "data": str(tmp_path / "words.jsonl")}, r"the label 'good' is none of \['LABEL_0', 'LABEL_1', 'LABEL_2'\]"),
+        ({**one, "data": str(tmp_path / "lists.jsonl")}, r"the label \[1\] is no number of a class"),
+        (
+            {**one, "data": str(tmp_path / "gaps.jsonl")},
+            r"task 'a': .*gaps\.jsonl has no value in the column 'text' .* row 25\.",
+        ),
         ({**one, "data": str(tmp_path / "broken.jsonl")}, r"task 'a': the data .*broken\.jsonl cannot be read"),
         ({**one, "data": str(tmp_path / "lost.csv")}, r"task 'a': data: there is no file .*lost\.csv"),
         ({**one, "data": str(tmp_path / "notes.txt")}, r"is a file, and \.jsonl, \.json, \.csv, \.parquet are read"),
@@ -359,5 +413,7 @@ def test_the_keys_of_config_are_those_of_the_adapter(method: str, config: Any) -
     """Written down where no torch is imported; all that the method's own class has is there, but the recipe's own keys."""
     own = {field.name for field in dataclasses.fields(config)}
     assert set(CONFIGS[method]) <= own
+    assert set(CONFIGS[method]) <= set(TYPES)
+    check_fields({field.name: getattr(config(), field.name) for field in dataclasses.fields(config) if field.name in TYPES})
     parent = {field.name for field in dataclasses.fields(config.__mro__[1])}
     assert own - parent - set(CONFIGS[method]) <= {"seed", "train_mask"}
