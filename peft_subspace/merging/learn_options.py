@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ..task_vectors.errors import RecipeError
+from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.references import Reference
 from .learn_fields import check_fields, template_parts
 from .strict import Strict
@@ -201,9 +201,12 @@ def data_place(task: TaskOptions) -> str:
 
     Raises:
         RecipeError: a file of another kind, or none.
+        InputError: an empty file.
     """
     if not os.path.exists(task.data) and os.path.splitext(task.data)[1] in FILES:
         raise RecipeError(f"task {task.name!r}: data: there is no file {task.data}.")
+    if os.path.isfile(task.data) and os.path.getsize(task.data) == 0:
+        raise InputError(f"task {task.name!r}: data: {task.data} is empty; rows with the columns of the task are expected.")
     extra = "".join(f", {part}" for part in (task.subset, task.split) if part)
     if os.path.isfile(task.data) and os.path.splitext(task.data)[1] not in FILES:
         raise RecipeError(f"task {task.name!r}: data: {task.data} is a file, and {', '.join(FILES)} are read.")

@@ -108,7 +108,7 @@ def positions_of(model: nn.Module) -> int | None:
     """Most tokens that a model has positions for; RoBERTa and its kin leave out those up to the padding's."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.num_embeddings - module.padding_idx - 1)  # type: ignore[operator]
+            return int(module.num_embeddings - module.padding_idx - 1)
     config: Any = model.config
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None

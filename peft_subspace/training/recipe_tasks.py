@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from peft import get_peft_model
 
 from ..adapters import AtlasConfig, ConcreteConfig
+from ..merging.early import no_head
 from ..merging.learn_options import TaskOptions
 from ..merging.recipe import Recipe
 from ..task_vectors.errors import InputError, RecipeError
@@ -43,8 +44,6 @@ class Built:
         options, base = recipe.subspace.learn, recipe.base_model
         assert options is not None
         assert base is not None
-        if base.lora is not None:
-            raise RecipeError(f"base_model: {base} names two things; the base to learn on is a model.")
         config = _config(recipe, vectors)
         self.rows = {task.name: Rows.draw(task, seed) for task in options.tasks}
         self.options, self.base, self.vectors = options, base, vectors
@@ -81,10 +80,7 @@ class Built:
             logits, inputs.classes = own_logits, self.base_config.num_labels
             inputs.class_names = _names(self.base_config, self.base_config.num_labels)
         else:
-            raise RecipeError(
-                f"task {task.name!r}: which head? {self.base} has none, and no model is called {task.name!r} (there are "
-                f"{', '.join(self.vectors)}). Write `head: MODEL`."
-            )
+            raise no_head(task, str(self.base), self.vectors)
         rows, size = self.rows[task.name], self.options.batch_size
         self._try(task, logits, inputs, rows)
         if task.label is not None:

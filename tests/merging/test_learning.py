@@ -284,6 +284,27 @@ def test_the_result_is_merged_again_without_the_data(config: dict[str, Any], tmp
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
+def test_what_was_learned_is_taken_for_the_same_rows_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifiers(tmp_path)
+    table = recipe(tmp_path)
+    merge(table, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(MergeTrainer, "train", None)
+    path, kept = tmp_path / "b.jsonl", (tmp_path / "b.jsonl").read_text()
+    write_rows(tmp_path, "b", 9)
+    with pytest.raises(OutputError, match=r"out\.learned: was learned from other rows of the task 'b'\. Pass --overwrite"):
+        merge(table, tmp_path / "out", resume=True)
+    path.write_text(kept.replace("text", "txt"))
+    merge(table, tmp_path / "out", resume=True)
+    assert "The rows of 'b' were not compared with those that were learned from: task 'b'" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out.learned" / "learning.json").write_text('{"reci')
+    with pytest.raises(OutputError, match=r"out\.learned/learning\.json: cannot be read .* pass --overwrite"):
+        merge(table, tmp_path / "out", resume=True)
+
+
 def test_the_command_and_its_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classifiers(tmp_path)
     path = tmp_path / "recipe.yaml"
@@ -380,6 +401,51 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
         assert not list(tmp_path.glob("out*"))
     with pytest.raises(RecipeError, match=r"subspace\.learn\.config: granularity='rows' is not known"):
         merge(recipe(tmp_path, config={"granularity": "rows"}), tmp_path / "out")
+
+
+def test_what_headers_tell_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dry run too, but what the plan of the replay alone can tell."""
+    classifiers(tmp_path)
+    monkeypatch.setattr(MergeTrainer, "train", None)
+    one = labelled(tmp_path)[0]
+    (tmp_path / "nothing.jsonl").touch()
+    other = write_head(tmp_path, 3)
+    adapter = recipe(tmp_path)
+    adapter["subspace"]["output"] = "adapter"
+    base = str(tmp_path / "base")
+    cases: list[tuple[dict[str, Any], str, list[str], int, str]] = [
+        (adapter, "out", [], 2, r"subspace\.output is adapter, and \S+a is a whole model"),
+        (recipe(tmp_path), "out", ["--device", "nowhere"], 2, r"--device nowhere: torch cannot use it here"),
+        (recipe(tmp_path), "a/out", [], 4, r"is, holds or lies in the model \S+a\. Choose another folder"),
+        (recipe(tmp_path, tasks=[{**one, "head": other}]), "head.safetensors", ["--overwrite"], 4, r"is, holds or lies in"),
+        (recipe(tmp_path, tasks=[{**one, "data": f"{base}.csv"}]), "out", [], 2, r"task 'a': data: there is no file"),
+        (recipe(tmp_path, tasks=[{**one, "data": str(tmp_path / "nothing.jsonl")}]), "out", [], 3, r"task 'a': .* is empty"),
+        (recipe(tmp_path, tasks=[{**one, "head": f"{base}/x/y"}]), "out", [], 3, r"task 'a': head: .*there is no such folder"),
+        (recipe(tmp_path, tasks=[{**one, "name": "c"}]), "out", [], 2, r"task 'c': which head\? .* Write `head: MODEL`"),
+        ({**recipe(tmp_path), "base_model": f"{base}/model.safetensors"}, "out", [], 2, r"base_model: \S+ is not the folder"),
+        (recipe(tmp_path), "a.jsonl", ["--overwrite"], 4, r"is or holds the data of the task 'a'"),
+    ]
+    path, before = tmp_path / "recipe.yaml", contents(tmp_path)
+    for table, out, more, code, message in cases:
+        path.write_text(yaml.safe_dump(table))
+        for run_as in ([], ["--dry-run"]):
+            assert run(["merge", str(path), str(tmp_path / out), *more, *run_as]) == code
+            assert re.search(message, capsys.readouterr().err)
+    path.unlink()
+    assert contents(tmp_path) == before
+
+
+def test_an_adapter_that_cannot_be_written_is_refused_before_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifiers(tmp_path, lora=True)
+    monkeypatch.setattr(MergeTrainer, "train", None)
+    tasks = [{"name": "b", "data": str(tmp_path / "b.jsonl"), "text": "text"}]
+    table = {**recipe(tmp_path, "concrete", tasks=tasks), "models": [{"model": str(tmp_path / "b")}]}
+    table["subspace"] |= {"output": "adapter", "adapter": {"method": "exact"}}
+    with pytest.raises(RecipeError, match=r"subspace\.adapter\.method: exact is for"):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_code_that_comes_with_a_base_is_not_run(tmp_path: Path) -> None:
