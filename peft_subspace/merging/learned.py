@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..task_vectors.bundles import check_bundle, file_of
-from ..task_vectors.errors import InputError, RecipeError
+from ..task_vectors.bundles import check_bundle, file_of, lost_files
+from ..task_vectors.errors import InputError, RecipeError, sentence
 from ..task_vectors.headers import TensorHeader
 from ..task_vectors.models import Source, open_source
 from ..task_vectors.provenance import digest, identity, record_of, same_value, value_of
@@ -164,7 +164,11 @@ def _of_pool(learned: Learned, base: Reference) -> list[Reference]:
         given = pool.get(record["name"], record["reference"])
         given = {key: value for key, value in given.items() if key != "base"} if isinstance(given, dict) else given
         reference = Reference.parse(given)
-        if not _is(record, open_source(reference), own):
+        try:
+            source = open_source(reference)
+        except InputError as error:
+            raise InputError(f"the task vector {record['name']!r}: {sentence(error)}{lost_files([record], ())}") from error
+        if not _is(record, source, own):
             raise _other(record, str(reference), base)
         found.append(reference)
     return found
