@@ -74,7 +74,12 @@ def lost_files(records: Iterable[Mapping[str, Any]], found: Collection[str]) -> 
         found: names of those that are there.
     """
     lost = [file for record in records if (file := file_of(record)) and record["name"] not in found]
-    return f" The adapter was saved with {shortened(lost)}, which its folder lacks: get the whole folder again." if lost else ""
+    if not lost:
+        return ""
+    return (
+        f" The adapter was saved with {shortened(lost)}, which was not found beside its config: get the whole folder again, "
+        f"and read a config that you pass yourself with its own class."
+    )
 
 
 def check_bundle(path: Path, record: Mapping[str, Any]) -> None:
