@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 from ..base.geometry import Geometry, describe, describe_all, is_quantized
 from ..base.holders import has_children
 from ..base.targets import base_parameters, exact_targets
-from ..task_vectors.bundles import check_bundle
-from ..task_vectors.errors import InputError
+from ..task_vectors.bundles import check_bundle, lost_files
+from ..task_vectors.errors import InputError, sentence
 from ..task_vectors.pool import DTYPES, Entry, Pool, open_pool
 from ..task_vectors.provenance import check_records, same_value, value_of
 from ..task_vectors.sources import shortened
@@ -89,18 +91,19 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         kinds[name] = _kind(module, own, geometry)
         first.setdefault(id(parameter), []).append(name)
     declared: Any = getattr(model, "config", None)
-    entries = open_pool(
-        {name: bundled.get(name) or config.pool[name] for name in names},
-        shapes,
-        others={
-            name.replace(".base_layer", "").replace(".original_module", "")
-            for name in model.state_dict()
-            if name not in model._parameters  # the model's own, which no layer holds: not composed, so not passed over
-        },
-        base=config.base or config.base_model_name_or_path,
-        config=declared.to_dict() if hasattr(declared, "to_dict") else None,
-        strict=config.strict,
-    )
+    with _names_lost_files(config, bundled):
+        entries = open_pool(
+            {name: bundled.get(name) or config.pool[name] for name in names},
+            shapes,
+            others={
+                name.replace(".base_layer", "").replace(".original_module", "")
+                for name in model.state_dict()
+                if name not in model._parameters  # the model's own, which no layer holds: not composed, so not passed over
+            },
+            base=config.base or config.base_model_name_or_path,
+            config=declared.to_dict() if hasattr(declared, "to_dict") else None,
+            strict=config.strict,
+        )
     if config.provenance is None or not config.is_from_file:  # a config may be put on one model after another
         config.provenance = {"vectors": [entry.record for entry in entries]}
     else:
@@ -114,6 +117,19 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     pool = Pool(entries, DTYPES[config.vector_dtype], config.placement)
     sources = {name: next((n for n in tied if pool.covers(n)), name) for tied in first.values() for name in tied}
     return OpenedPool(pool, sources, kinds)
+
+
+@contextmanager
+def _names_lost_files(config: Any, bundled: dict[str, str]) -> Iterator[None]:
+    """Say of a vector that cannot be opened, too, that it was bundled and its file is not there."""
+    try:
+        yield
+    except InputError as error:
+        records = (config.provenance or {}).get("vectors") or []
+        lost = lost_files(records, bundled) if config.is_from_file else ""
+        if not lost:
+            raise
+        raise InputError(f"{sentence(error)}{lost}") from error
 
 
 def _as_recorded(records: list[dict[str, Any]], entries: list[Entry], bundled: dict[str, str]) -> list[Entry]:

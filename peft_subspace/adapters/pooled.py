@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -14,7 +15,8 @@ from ..base import Geometry, SubspaceConfig, SubspaceModel
 from ..base.files import find_file
 from ..task_vectors import bundles
 from ..task_vectors.pool import DTYPES, reference_text
-from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR
+from ..task_vectors.references import HUB_ID, Reference
+from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, shortened
 from ..task_vectors.writing import entries_of, write_file
 from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
 
@@ -122,19 +124,51 @@ class PooledConfig(SubspaceConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the vectors if they are bundled, then `adapter_config.json`."""
+        """Write the vectors if they are bundled, then `adapter_config.json`; what is not bundled here is not said to be."""
         if self.bundle_vectors and self.opened is not None and self.provenance is not None:
             opened = self.opened
             for entry, record in zip(opened.pool.entries, self.provenance["vectors"], strict=True):
                 used = {entry.names[name] for name in map(opened.source_of, opened.blocks) if name in entry.names}
                 bundles.write_bundle(save_directory, record, entry.vector, used)
-        super().save_pretrained(save_directory, **kwargs)
+        kept = self.provenance
+        if kept is not None:
+            self.provenance = {**kept, "vectors": self._records_of(save_directory, kept["vectors"])}
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.provenance = kept  # what was loaded from a bundle is still read from there
+
+    def _records_of(self, folder: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As they are saved in a folder; warns of vectors that were read from a bundle and then have no place."""
+        found, gone = [], []
+        for record in records:
+            file, name = bundles.file_of(record), record["name"]
+            if file is not None and not (self.bundle_vectors and os.path.isfile(os.path.join(folder, file))):
+                if name in self.bundled and not _may_be_there(self.pool.get(name, record["reference"])):
+                    gone.append(name)
+                record = bundles.without_bundle(record)
+            found.append(record)
+        if gone:
+            warnings.warn(
+                f"The task vectors {shortened(gone)} were read from {os.path.dirname(self.bundled[gone[0]])} and are not saved "
+                f"with the adapter in {folder}, and they are not at the places that config.pool has any more: the adapter "
+                f"cannot be loaded from there. Set bundle_vectors=True, or their places in config.pool.",
+                stacklevel=4,
+            )
+        return found
 
     def for_layer(self, key: str, weight: str = "weight") -> Any:
         """This config, with the name of the block."""
         resolved = super().for_layer(key, weight)
         resolved.block = block_name(key, weight)
         return resolved
+
+
+def _may_be_there(source: Any) -> bool:
+    """Whether the place of a vector is there, or on the Hub, where nobody looks now."""
+    given = {key: value for key, value in source.items() if key != "base"} if isinstance(source, dict) else source
+    place = Reference.parse(given)
+    return all(os.path.exists(os.path.expanduser(name)) or HUB_ID.fullmatch(name) for name in (place.model, place.lora) if name)
 
 
 class PooledModel(SubspaceModel):

@@ -106,10 +106,11 @@ def merge(
             from .learning import describe_learning, learn_first
 
             if dry_run:
-                describe_learning(found, quiet)
+                describe_learning(found, out, device, quiet)
                 return
             assert out is not None
             found = learn_first(found, out, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
+            device = "cpu" if found.subspace.output == "adapter" else device  # it was for the learning
         plan = make_plan(found)
         for note in plan.notes:
             console.warn(note)

@@ -7,21 +7,22 @@ from typing import Any
 
 import typer
 
-from ..merging.learning import learn, learned_path, vectors_of
+from ..merging.early import learned_path
+from ..merging.learning import learn, vectors_of
 from ..merging.recipe import Recipe
 from . import console
 
 
-def describe_learning(recipe: Recipe, quiet: bool) -> None:
-    """Print what would be learned. Needs no torch."""
+def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool) -> None:
+    """Print what would be learned. Needs no torch, but to look for a device."""
+    from ..merging.early import check_before_learning
     from ..merging.learn_options import lines
     from ..merging.parameters import check_parameters
-    from ..task_vectors.models import open_source
 
     check_parameters(recipe, recipe.method)
     assert recipe.base_model is not None
     assert recipe.subspace.learn is not None
-    open_source(recipe.base_model)
+    check_before_learning(recipe, out, device)
     vectors = vectors_of(recipe)
     texts = lines(recipe.subspace.learn, vectors)
     console.say(f"Method   {recipe.merge_method} ({recipe.method.reference}), learned first", quiet)
@@ -41,7 +42,9 @@ def learn_first(recipe: Recipe, out: Path, *, quiet: bool, **options: Any) -> Re
     try:
         found = learn(recipe, out, say=lambda text: console.say(text, quiet), **options)
     except KeyboardInterrupt:
-        console.fail(f"interrupted. Go on with --resume, or remove {learned_path(out)}.partial.")
+        partial = Path(f"{learned_path(out)}.partial")
+        way = f"Go on with --resume, or remove {partial}." if partial.exists() else "Nothing was learned yet."
+        console.fail(f"interrupted. {way}")
         raise typer.Exit(130) from None
     console.say(f"{learned_path(out)}: what was learned.", quiet)
     return found

@@ -29,6 +29,7 @@ from ..task_vectors.lora_files import (
 from ..task_vectors.models import Given
 from ..task_vectors.reading import read_tensor
 from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .early import check_adapters
 from .execute import Settings, merged_tensor, whole_model_passes
 from .files import put_in_place, sync_folder, write_synced
 from .inputs import finite
@@ -67,7 +68,7 @@ def merge_adapters(
         InputError: tensors that LoRA has no layer for.
         OutputError: `out` is there already, or cannot be written.
     """
-    way = _way(plan)
+    way = check_way(plan)
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
     result = _Result()
@@ -112,14 +113,38 @@ def _check_whole(plan: Plan, saved: set[str]) -> None:
             )
 
 
+def check_way(plan: Plan) -> Way:
+    """How a plan's adapters are merged; all that headers tell about what cannot be is said here.
+
+    Raises:
+        RecipeError: a model that is no adapter, a way to merge that does not fit the method, a rank that is missing.
+        InputError: a tensor that LoRA has no layer for.
+    """
+    way, options = _way(plan), plan.recipe.subspace.adapter
+    for tensor in plan.tensors:
+        changed = tensor.action == "merge" and any(model.headers for model in tensor.models)
+        if not changed or any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
+            continue
+        if not is_adaptable(tensor.name, tensor.shape):
+            raise InputError(
+                f"{tensor.name!r} {list(tensor.shape)} is changed, and LoRA has no layer for it. Use `output: model`."
+            )
+        if _by_product(way, tensor) and not (options.rank or options.energy) and _is_dense(tensor):
+            raise RecipeError(
+                f"the update of {tensor.name!r} is dense, so that it has no rank of its own: set `subspace: {{adapter: {{rank: "
+                f"16}}}}`, or an energy."
+            )
+    return way
+
+
+def _by_product(way: Way, tensor: TensorPlan) -> bool:
+    """Whether an update is computed whole; KnOTS is defined on matrices."""
+    return way == "dense" or (way == "knots" and len(tensor.shape) != 2)
+
+
 def _way(plan: Plan) -> Way:
     recipe = plan.recipe
-    for name, source in zip(plan.names, plan.sources, strict=True):
-        if source.full is not None:
-            raise RecipeError(
-                f"subspace.output is adapter, and {name} is a whole model. Merge into a model, and make an adapter of it with "
-                f"`peft-subspace extract`."
-            )
+    check_adapters(plan.names, plan.sources)
     asked = recipe.subspace.adapter.method
     merged = [tensor for tensor in plan.tensors if tensor.action == "merge"]
     sums = recipe.merge_method in SUMS and not any(
@@ -157,17 +182,10 @@ def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
     if any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
         result.saved[tensor.name] = merged_tensor(plan, tensor, reduced=result.reduced).float()
         return
-    if not is_adaptable(tensor.name, tensor.shape):
-        raise InputError(f"{tensor.name!r} {list(tensor.shape)} is changed, and LoRA has no layer for it. Use `output: model`.")
     options = plan.recipe.subspace.adapter
-    if way == "dense" or (way == "knots" and len(tensor.shape) != 2):  # KnOTS is defined on matrices
+    if _by_product(way, tensor):
         delta = merged_tensor(plan, tensor, True, result.reduced).reshape(tensor.shape[0], -1).float()
         rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
-        if not (options.rank or options.energy) and _is_dense(tensor):
-            raise RecipeError(
-                f"the update of {tensor.name!r} is dense, so that it has no rank of its own: set `subspace: {{adapter: {{rank: "
-                f"16}}}}`, or an energy."
-            )
         left, right, discarded = truncated(delta, rank, options.energy)
     else:
         factors, weights = ([_knots(plan, tensor)], [1.0]) if way == "knots" else _stacked(plan, tensor)

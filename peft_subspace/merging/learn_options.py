@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ..task_vectors.errors import RecipeError
+from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.references import Reference
+from .learn_fields import check_fields, template_parts
 from .strict import Strict
 
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -54,7 +55,7 @@ class TaskOptions(Strict):
         label: a column with class numbers, names of classes or, with `answers`, those.
         answers: of a generative model: what it may say, by class number; told apart by their first tokens.
         head: a model, an adapter or a .safetensors file with the task's own head.
-        max_length: most tokens of a text.
+        max_length: most tokens of a text; fewer if the tokenizer or the base's positions allow no more.
         rows: most rows to learn from, drawn by the seed.
         held_out: rows, drawn by the seed, that are not learned from; the accuracy on them is shown. Needs `label`.
     """
@@ -78,6 +79,11 @@ class TaskOptions(Strict):
             raise ValueError(f"task {self.name!r}: one of `text` and `image` is expected, the column with the inputs")
         if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
             raise ValueError(f"task {self.name!r}: text has {len(self.text)} columns; one or two are expected")
+        if isinstance(self.text, str) and "{" in self.text:
+            try:
+                template_parts(self.text)
+            except ValueError as error:
+                raise ValueError(f"task {self.name!r}: {error}") from error
         if self.held_out and self.label is None:
             raise ValueError(f"task {self.name!r}: held_out shows an accuracy and needs a `label` column")
         if self.answers is not None and (self.text is None or self.head is not None):
@@ -170,6 +176,7 @@ def check_learning(learn: LearnOptions, method: str, base: Reference | None, mod
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(known)}"
             raise ValueError(f"subspace.learn.config: unknown key {name!r}; {hint}")
+    check_fields(learn.config)
     if method == "concrete" and learn.config.get("granularity") == "rank":
         raise ValueError(
             "subspace.learn.config: a mask of directions (granularity: rank) cannot be merged by; use element, row or column"
@@ -194,9 +201,12 @@ def data_place(task: TaskOptions) -> str:
 
     Raises:
         RecipeError: a file of another kind, or none.
+        InputError: an empty file.
     """
     if not os.path.exists(task.data) and os.path.splitext(task.data)[1] in FILES:
         raise RecipeError(f"task {task.name!r}: data: there is no file {task.data}.")
+    if os.path.isfile(task.data) and os.path.getsize(task.data) == 0:
+        raise InputError(f"task {task.name!r}: data: {task.data} is empty; rows with the columns of the task are expected.")
     extra = "".join(f", {part}" for part in (task.subset, task.split) if part)
     if os.path.isfile(task.data) and os.path.splitext(task.data)[1] not in FILES:
         raise RecipeError(f"task {task.name!r}: data: {task.data} is a file, and {', '.join(FILES)} are read.")

@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..task_vectors.bundles import check_bundle, file_of
-from ..task_vectors.errors import InputError, RecipeError
+from ..task_vectors.bundles import check_bundle, file_of, lost_files
+from ..task_vectors.errors import InputError, RecipeError, sentence
 from ..task_vectors.headers import TensorHeader
 from ..task_vectors.models import Source, open_source
 from ..task_vectors.provenance import digest, identity, record_of, same_value, value_of
@@ -164,7 +164,11 @@ def _of_pool(learned: Learned, base: Reference) -> list[Reference]:
         given = pool.get(record["name"], record["reference"])
         given = {key: value for key, value in given.items() if key != "base"} if isinstance(given, dict) else given
         reference = Reference.parse(given)
-        if not _is(record, open_source(reference), own):
+        try:
+            source = open_source(reference)
+        except InputError as error:
+            raise InputError(f"the task vector {record['name']!r}: {sentence(error)}{lost_files([record], ())}") from error
+        if not _is(record, source, own):
             raise _other(record, str(reference), base)
         found.append(reference)
     return found
@@ -191,9 +195,16 @@ def _by_hash(learned: Learned, given: Sequence[Reference], base: Reference) -> l
 
 
 def _is(record: Mapping[str, Any], source: Source, base: Source) -> bool:
-    """Whether a model has the hashes of a record; whole models are known by their base's too. A dry run may not know yet."""
+    """Whether a model has the hashes of a record; whole models are known by their base's too. A dry run may not know yet.
+
+    The vector that is bundled with the adapter stands for the one that it was made of: a recipe that a merge wrote lists it.
+    """
     if not all(has_values(file.path) for part in source.checkpoints for file in part.files):
         return True
+    if record.get("bundle"):
+        own = record_of(str(record["name"]), source, None)
+        if digest(identity(own)) == digest(identity({"parts": [record["bundle"]]})):
+            return True
     if "base_parts" in record and not all(has_values(file.path) for part in base.checkpoints for file in part.files):
         record = {key: value for key, value in record.items() if key != "base_parts"}
     theirs = record_of(str(record["name"]), source, base if "base_parts" in record else None)

@@ -9,6 +9,7 @@ the recipe that is returned, which can be merged again without the data.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,19 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..task_vectors.errors import OutputError
+from ..task_vectors.errors import InputError, OutputError, RecipeError
 from ..task_vectors.models import open_source
 from ..task_vectors.references import Reference
-from .files import disk_error
+from .early import check_before_learning, learned_path, partial_path
+from .files import disk_error, write_synced
 from .learn_options import vector_names
 from .recipe import Recipe
 
 RECORD = "learning.json"
-
-
-def learned_path(out: Path) -> Path:
-    """Where the adapter of a result is."""
-    return out.with_name(out.name + ".learned")
 
 
 def vectors_of(recipe: Recipe) -> dict[str, Reference]:
@@ -74,10 +71,12 @@ def learn(
     Cost: steps x tasks forward and backward passes of the base; see `MergeTrainer`.
     """
     folder = learned_path(out)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_path(folder)
+    check_before_learning(recipe, out, device)
     replay = _replay(recipe, folder)
     if folder.exists():
         if resume and _record(folder).get("recipe") == recipe.to_yaml():
+            _compare_rows(recipe, folder, say)
             say(f"Learned already: {folder}.")
             return replay
         if not overwrite or not (folder / RECORD).is_file():
@@ -90,11 +89,11 @@ def learn(
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(partial, error) from error
-    goes_on = (partial / "checkpoint").exists() or (partial / "checkpoint.old").exists()
+    goes_on = _begun(partial)
     try:
         _learn_into(partial, recipe, _replay(recipe, partial), goes_on, device, say)
-    except ValueError:
-        if not goes_on:  # it would fail again; a checkpoint is kept
+    except BaseException:
+        if not _begun(partial):  # nothing was learned that one could go on from; a checkpoint is kept
             shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(partial / "checkpoint", ignore_errors=True)
@@ -104,6 +103,10 @@ def learn(
     return replay
 
 
+def _begun(partial: Path) -> bool:
+    return any((partial / name).exists() for name in ("checkpoint", "checkpoint.old"))
+
+
 def _replay(recipe: Recipe, folder: Path) -> Recipe:
     given = recipe.subspace.model_copy(update={"learn": None, "learned": Reference(str(folder))})
     return recipe.model_copy(update={"subspace": given})
@@ -111,7 +114,44 @@ def _replay(recipe: Recipe, folder: Path) -> Recipe:
 
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{path}: cannot be read ({error}). Remove {folder}, or pass --overwrite to start anew.") from error
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    """It appears when it is whole."""
+    partial = folder / f"{RECORD}.partial"
+    write_synced(partial, json.dumps(record, indent=1).encode())
+    os.replace(partial, folder / RECORD)
+
+
+def _seed(recipe: Recipe) -> int:
+    options = recipe.subspace.learn
+    assert options is not None
+    return recipe.subspace.seed if options.seed is None else options.seed
+
+
+def _compare_rows(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
+    """What was learned already is taken if it was learned from these rows; it may be without the data."""
+    from ..training.recipe_rows import Rows
+
+    options, known = recipe.subspace.learn, _record(folder).get("data")
+    assert options is not None
+    for task in options.tasks:
+        try:
+            found = Rows.draw(task, _seed(recipe)).digest()
+        except (InputError, RecipeError) as error:
+            say(f"The rows of {task.name!r} were not compared with those that were learned from: {error}")
+            continue
+        if not isinstance(known, dict) or known.get(task.name) != found:
+            raise OutputError(
+                f"{folder}: was learned from other rows of the task {task.name!r}. Pass --overwrite to learn anew, or restore "
+                f"the data."
+            )
 
 
 def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, device: str, say: Callable[[str], None]) -> None:
@@ -121,14 +161,12 @@ def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, dev
     from ..training.merge_trainer import MergeArguments, MergeTrainer
     from ..training.recipe_tasks import Built
     from .planner import make_plan
-    from .run import check_device
 
-    check_device(device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     options = recipe.subspace.learn
     assert options is not None
-    seed = recipe.subspace.seed if options.seed is None else options.seed
+    seed = _seed(recipe)
     accelerator = Accelerator(cpu=device == "cpu")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -140,10 +178,14 @@ def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, dev
                 raise OutputError(
                     f"{folder}: was begun with another {' and other '.join(changed)}. Pass --overwrite to start anew."
                 )
-        (folder / RECORD).write_text(json.dumps(record))
+        _write_record(folder, record)
         if not goes_on:
             built.model.save_pretrained(folder)
-            make_plan(replay)  # what could not be merged afterwards is said now
+            plan = make_plan(replay)  # what could not be merged afterwards is said now
+            if recipe.subspace.output == "adapter":
+                from .adapters_out import check_way
+
+                check_way(plan)
         given = MergeArguments(
             mask_steps=options.steps, mask_lr=options.mask_lr, inner_lr=options.inner_lr, coefficient_steps=options.steps,
             coefficient_lr=options.lr, accumulation=options.accumulation, eval_every=options.eval_every,
@@ -167,4 +209,4 @@ def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, dev
     built.model.save_pretrained(folder)
     versions = {"peft_subspace": __version__, **{name: version(name) for name in ("torch", "transformers", "datasets")}}
     found = {**record, "start": asdict(first), "result": asdict(kept), "versions": versions}
-    (folder / RECORD).write_text(json.dumps(found, indent=1))
+    _write_record(folder, found)

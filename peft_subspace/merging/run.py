@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.errors import OutputError, RecipeError, sentence
+from ..task_vectors.errors import OutputError, RecipeError
 from .ahead import Ahead
+from .early import check_device, keep_inputs, partial_path
 from .files import OutputFiles, disk_error, put_in_place, sync_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
@@ -64,8 +65,9 @@ def merge(
 
             check_place(out, resume, overwrite)
             found = learn(found, out, resume=resume, overwrite=overwrite, device=device)
+            device = "cpu" if found.subspace.output == "adapter" else device  # it was for the learning
         plan = make_plan(found)
-    _keep_inputs(plan, out)
+    keep_inputs(out, plan.checkpoints)
     if plan.recipe.subspace.output == "adapter":
         if device != "cpu":
             raise RecipeError(f"--device {device}: adapters are small and merged on the CPU; leave it out.")
@@ -95,36 +97,10 @@ def merge(
     return out
 
 
-def _keep_inputs(plan: Plan, out: Path) -> None:
-    """The result must not take the place of a model that it is made from, nor lie inside of one."""
-    place = Path(os.path.realpath(out))
-    for part in plan.checkpoints:
-        folder = Path(os.path.realpath(part.path))
-        if folder == place or place in folder.parents or folder in place.parents:
-            raise OutputError(f"{out}: is, holds or lies in the model {part.name}. Choose another folder.")
-
-
-def check_device(device: str) -> None:
-    """Raise a RecipeError unless torch can compute there."""
-    if device == "cpu":
-        return
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
-        raise RecipeError(f"--device {device}: torch cannot use it here: {sentence(str(error).splitlines()[0])}") from error
-
-
 def default_threads() -> int:
     """As many as there are cores for this process, at most 6: then the disk or the memory is the limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(6, cores))
-
-
-def partial_path(out: Path) -> Path:
-    """Where a result is while it is not whole."""
-    return out.with_name(out.name + ".partial")
 
 
 def check_place(out: Path, resume: bool, overwrite: bool) -> bool:

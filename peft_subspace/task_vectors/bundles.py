@@ -7,7 +7,7 @@ config has their hashes; a bundled vector stands for the one that it was made of
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from .errors import InputError, OutputError
 from .provenance import part_record
-from .sources import open_checkpoint
+from .sources import open_checkpoint, shortened
 
 if TYPE_CHECKING:
     from .task_vector import TaskVector
@@ -42,14 +42,44 @@ def write_bundle(folder: str | os.PathLike[str], record: dict[str, Any], vector:
     record.setdefault("bundle", {})
     record["bundle"] = record["bundle"] or {"kind": "task_vector"}  # a name for the file, until it has been written
     path = Path(folder, str(file_of(record)))
-    if path.is_file() and part_record(open_checkpoint(path)) == record["bundle"]:
+    if path.is_file() and _is_bundle(path, record):
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path.parent}: cannot be made: {error.strerror or error}.") from error
-    replace(vector, shapes={name: shape for name, shape in vector.shapes.items() if name in names}).save(path)
+    shapes = {name: shape for name, shape in vector.shapes.items() if name in names}
+    base = vector.base_name or str(record.get("base", ""))  # one from a bundle is opened without its base: the same bytes
+    replace(vector, shapes=shapes, base_name=base).save(path)
     record["bundle"] = part_record(open_checkpoint(path))
+
+
+def _is_bundle(path: Path, record: Mapping[str, Any]) -> bool:
+    try:
+        return part_record(open_checkpoint(path)) == record["bundle"]
+    except InputError:  # damaged: it is written anew
+        return False
+
+
+def without_bundle(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a vector that is not saved with its adapter."""
+    return {key: value for key, value in record.items() if key != "bundle"}
+
+
+def lost_files(records: Iterable[Mapping[str, Any]], found: Collection[str]) -> str:
+    """A sentence about bundled vectors that are not in the adapter's folder; empty if all are there.
+
+    Args:
+        records: of an adapter's vectors.
+        found: names of those that are there.
+    """
+    lost = [file for record in records if (file := file_of(record)) and record["name"] not in found]
+    if not lost:
+        return ""
+    return (
+        f" The adapter was saved with {shortened(lost)}, which was not found beside its config: get the whole folder again, "
+        f"and read a config that you pass yourself with its own class."
+    )
 
 
 def check_bundle(path: Path, record: Mapping[str, Any]) -> None:

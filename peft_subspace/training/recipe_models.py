@@ -97,7 +97,26 @@ def own_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return found
 
 
-def head_logits(encoder: Any, kind: str, reference: Reference, base_config: Any, task: str) -> tuple[Logits, int, Any]:
+def set_pad(config: Any, pad: int | None) -> None:
+    """Tell a classifier which token pads; one that answers at the last token of a text takes no batch without."""
+    if pad is not None:
+        for one in {id(part): part for part in (config, config.get_text_config())}.values():
+            one.pad_token_id = pad
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Most tokens that a model has positions for; RoBERTa and its kin leave out those up to the padding's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings - module.padding_idx - 1)
+    config: Any = model.config
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def head_logits(
+    encoder: Any, kind: str, reference: Reference, base_config: Any, task: str, pad: int | None = None
+) -> tuple[Logits, int, Any]:
     """The answers of a task's own head on the shared encoder.
 
     A head has the names that it has in its architecture, and is applied as that architecture does; a `weight` and a `bias`
@@ -109,6 +128,7 @@ def head_logits(encoder: Any, kind: str, reference: Reference, base_config: Any,
         reference: a model, an adapter that has the head, or a file of tensors.
         base_config: of the base, for heads without a config.
         task: name, for messages.
+        pad: the token that short texts are padded with.
 
     Returns:
         The answers, the number of classes, and the config that names them.
@@ -147,6 +167,7 @@ def head_logits(encoder: Any, kind: str, reference: Reference, base_config: Any,
     heads = [model.get_parameter(name).requires_grad_(False) for name in names]
     assert not any(head.is_meta for head in heads)
     model.train(False)
+    set_pad(model.config, pad)
     return (lambda _, batch: own_logits(model, batch)), classes, config
 
 

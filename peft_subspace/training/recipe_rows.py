@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..merging.learn_fields import template_parts
 from ..merging.learn_options import FILES, TaskOptions, data_place
 from ..task_vectors.errors import InputError, RecipeError
 
@@ -69,7 +69,7 @@ def text_columns(task: TaskOptions) -> list[str]:
         return task.text
     if task.text is None:
         return []
-    return [name for _, name, _, _ in string.Formatter().parse(task.text) if name] if "{" in task.text else [task.text]
+    return [name for _, name in template_parts(task.text) if name] if "{" in task.text else [task.text]
 
 
 @dataclass
@@ -92,6 +92,7 @@ class Rows:
 
         Raises:
             RecipeError: too few rows.
+            InputError: a text or a label that is missing.
         """
         found = load_rows(task)
         count = len(found)
@@ -102,7 +103,22 @@ class Rows:
             )
         found = found.shuffle(seed=seed % 2**32)
         last = count if task.rows is None else min(count, task.held_out + task.rows)
-        return cls(task, found.select(range(task.held_out, last)), found.select(range(task.held_out)))
+        rows = cls(task, found.select(range(task.held_out, last)), found.select(range(task.held_out)))
+        rows._check_values(found.select(range(last)), count, seed)
+        return rows
+
+    def _check_values(self, drawn: Any, count: int, seed: int) -> None:
+        """A text that is missing would be learned as the word None."""
+        for name in text_columns(self.task):
+            place = next((n for n, value in enumerate(drawn[name]) if value is None), None)
+            if place is not None:
+                import datasets
+
+                order = datasets.Dataset.from_dict({"row": range(count)}).shuffle(seed=seed % 2**32)  # as the rows were
+                raise InputError(
+                    f"task {self.task.name!r}: {data_place(self.task)} has no value in the column {name!r} (text) of row "
+                    f"{order[place]['row'] + 1}. Fill it in, or leave the row out."
+                )
 
     def digest(self) -> str:
         """SHA-256 of the columns of all rows that are learned from, in their order."""
@@ -124,12 +140,21 @@ class Inputs:
         name: of the base, for messages.
         config: of the base.
         takes_positions: whether the model takes `position_ids`.
+        positions: most tokens that the model has positions for; None without a limit.
 
     Raises:
         InputError: the base has no tokenizer or no image processor.
     """
 
-    def __init__(self, task: TaskOptions, folder: Path, name: str, config: Any, takes_positions: bool = False) -> None:
+    def __init__(
+        self,
+        task: TaskOptions,
+        folder: Path,
+        name: str,
+        config: Any,
+        takes_positions: bool = False,
+        positions: int | None = None,
+    ) -> None:
         import transformers
 
         self.task, self.config, self.takes_positions = task, config, takes_positions
@@ -142,8 +167,23 @@ class Inputs:
             raise InputError(f"{name}: {cls} cannot load it: {str(error).splitlines()[0]}") from error
         if task.image is None and self.process.pad_token is None:
             self.process.pad_token = self.process.eos_token
+        if task.image is None and self.process.pad_token is None:
+            raise InputError(
+                f"{name}: its tokenizer has no token to pad short texts with. Set one, and save it: tokenizer.pad_token = ..."
+            )
+        limits = [task.max_length, positions, None if task.image is not None else self.process.model_max_length]
+        self.max_length = min(limit for limit in limits if limit)
         if task.answers is not None:
             self.process.padding_side = self.process.truncation_side = "left"  # the answer follows the last token
+
+    @property
+    def _pads_left(self) -> bool:
+        return self.task.image is None and self.process.padding_side == "left"
+
+    @property
+    def pad(self) -> int | None:
+        """The token that short texts are padded with: classifiers that answer at the last one have to know it."""
+        return None if self.task.image is not None else self.process.pad_token_id
 
     def answer_tokens(self) -> list[int]:
         """First token of every answer.
@@ -170,7 +210,7 @@ class Inputs:
         found = self._images(rows) if self.task.image is not None else self._texts(rows)
         if self.task.answers is not None and self.config.is_encoder_decoder:
             found["decoder_input_ids"] = torch.full((len(rows), 1), self.config.decoder_start_token_id)
-        elif self.task.answers is not None and self.takes_positions:  # the first token is at 0, whatever is padded before it
+        elif self.takes_positions and self._pads_left:  # the first token is at 0, whatever is padded before it
             found["position_ids"] = (found["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         if labels:
             found[LABELS] = torch.tensor([self._class(row[self.task.label or ""]) for row in rows])
@@ -191,10 +231,11 @@ class Inputs:
         if isinstance(text, list):
             columns = [[str(row[name]) for row in rows] for name in text]
         elif text is not None and "{" in text:
-            columns = [[text.format(**row) for row in rows]]
+            parts = template_parts(text)
+            columns = [["".join(a if name is None else f"{a}{row[name]}" for a, name in parts) for row in rows]]
         else:
             columns = [[str(row[text or ""]) for row in rows]]
-        settings = {"truncation": True, "max_length": self.task.max_length, "padding": True, "return_tensors": "pt"}
+        settings = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
         return dict(self.process(*columns, **settings))
 
     def _class(self, value: Any) -> int:
@@ -216,7 +257,7 @@ class Inputs:
 
     def check_labels(self, rows: Any) -> None:
         """Raise an InputError for a label that is no class."""
-        for value in set(rows[self.task.label or ""]):
+        for value in rows[self.task.label or ""]:
             self._class(value)
 
     def loader(self, rows: Any, size: int, *, labels: bool, shuffle: bool) -> DataLoader[Any]:

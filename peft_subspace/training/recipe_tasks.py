@@ -11,12 +11,13 @@ from accelerate.utils import send_to_device
 from peft import get_peft_model
 
 from ..adapters import AtlasConfig, ConcreteConfig
+from ..merging.early import no_head
 from ..merging.learn_options import TaskOptions
 from ..merging.recipe import Recipe
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.references import Reference, locate
-from .recipe_models import head_logits, load_base, own_logits
-from .recipe_rows import LABELS, Inputs, Rows
+from .recipe_models import head_logits, load_base, own_logits, positions_of, set_pad
+from .recipe_rows import LABELS, Inputs, Rows, text_columns
 from .tasks import Logits, Task, token_logits
 
 
@@ -43,8 +44,6 @@ class Built:
         options, base = recipe.subspace.learn, recipe.base_model
         assert options is not None
         assert base is not None
-        if base.lora is not None:
-            raise RecipeError(f"base_model: {base} names two things; the base to learn on is a model.")
         config = _config(recipe, vectors)
         self.rows = {task.name: Rows.draw(task, seed) for task in options.tasks}
         self.options, self.base, self.vectors = options, base, vectors
@@ -54,6 +53,7 @@ class Built:
         model.name_or_path = base.model
         self.encoder = model if kind == "answers" or not self.answers_itself else model.base_model
         self.base_config = model.config
+        self.positions = positions_of(model)
         self.takes_positions = "position_ids" in signature(type(model).forward).parameters
         try:
             self.model: Any = get_peft_model(model, config).to(device).eval()
@@ -66,22 +66,21 @@ class Built:
         self.tasks = [self._task(task) for task in options.tasks]
 
     def _task(self, task: TaskOptions) -> Task:
-        inputs = Inputs(task, self.folder, str(self.base), self.base_config, self.takes_positions)
+        inputs = Inputs(task, self.folder, str(self.base), self.base_config, self.takes_positions, self.positions)
+        if task.kind == "text":
+            set_pad(self.base_config, inputs.pad)
         head = task.head if self.answers_itself else task.head or self.vectors.get(task.name)
         if task.answers is not None:
             tokens = inputs.answer_tokens()
             logits, inputs.classes = token_logits(tokens, 0 if self.base_config.is_encoder_decoder else -1), len(tokens)
         elif head is not None:
-            logits, inputs.classes, config = head_logits(self.encoder, task.kind, head, self.base_config, task.name)
+            logits, inputs.classes, config = head_logits(self.encoder, task.kind, head, self.base_config, task.name, inputs.pad)
             inputs.class_names = _names(config, inputs.classes)
         elif self.answers_itself:
             logits, inputs.classes = own_logits, self.base_config.num_labels
             inputs.class_names = _names(self.base_config, self.base_config.num_labels)
         else:
-            raise RecipeError(
-                f"task {task.name!r}: which head? {self.base} has none, and no model is called {task.name!r} (there are "
-                f"{', '.join(self.vectors)}). Write `head: MODEL`."
-            )
+            raise no_head(task, str(self.base), self.vectors)
         rows, size = self.rows[task.name], self.options.batch_size
         self._try(task, logits, inputs, rows)
         if task.label is not None:
@@ -96,16 +95,20 @@ class Built:
 
     @torch.no_grad()
     def _try(self, task: TaskOptions, logits: Logits, inputs: Inputs, rows: Rows) -> None:
-        """Answer one row: what does not run is said by name, before anything is learned."""
+        """Answer two rows, of different lengths if there are such: what does not run is said by name, before all else."""
         device = next(self.model.parameters()).device
-        batch = send_to_device(inputs.batch([rows.learned[0]]), device)
+        few = [rows.learned[number] for number in range(min(16, len(rows.learned)))]
+        if task.image is None:
+            few.sort(key=lambda row: sum(len(str(row[name])) for name in text_columns(task)))
+        few = [few[0], few[-1]] if len(few) > 1 else few
+        batch = send_to_device(inputs.batch(few), device)
         try:
             shape = tuple(logits(self.model, batch).shape)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise InputError(f"task {task.name!r}: its head does not run on the encoder of {self.base}: {error}") from error
-        if shape != (1, inputs.classes):
+        if shape != (len(few), inputs.classes):
             raise InputError(
-                f"task {task.name!r}: answers are {list(shape)} for one row, and {inputs.classes} classes are expected."
+                f"task {task.name!r}: answers are {list(shape)} for {len(few)} rows, and {inputs.classes} classes are expected."
             )
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
 import subprocess
@@ -935,8 +936,47 @@ def test_bundled_vectors_stand_for_the_pool(method: Method, name: str, tmp_path:
     with pytest.raises(ValueError, match=r"'task1': .*vectors/task1\.safetensors is not the file that was saved"):
         PeftModel.from_pretrained(pico.model(), tmp_path / "adapter")
     files["task1"].unlink()
-    with pytest.raises(ValueError, match=r"'task1'.*no such folder or file"):
+    with pytest.raises(ValueError, match=r"'task1'.*no such folder or file.*was saved with vectors/task1\.safetensors"):
         PeftModel.from_pretrained(pico.model(), tmp_path / "adapter")
+
+
+def test_a_bundle_is_saved_over_a_damaged_one_and_left_out_where_it_is_not_wanted(method: Method, tmp_path: Path) -> None:
+    if not method.composes:
+        pytest.skip("has no pool")
+    pico = MODELS["llama"]
+    pool: Any = {key: shutil.copy(path, tmp_path / f"{key}.safetensors") for key, path in method.make(pico).pool.items()}
+    pico.model().save_pretrained(tmp_path / "base")
+    whole: Any = pico.model(seed=3)
+    whole.save_pretrained(tmp_path / "whole")
+    base = str(tmp_path / "base")
+    pool = {"whole": {"path": str(tmp_path / "whole"), "base": base}, **pool} if not method.vector_rank else pool
+    fields = {**method.fields, **pico.targets, "pool": pool, "init_weights": False, "bundle_vectors": True}
+    model: Any = get_peft_model(pico.model(), method.config(**fields)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    for name in pool:
+        path = tmp_path / (name if name == "whole" else f"{name}.safetensors")
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    loaded: Any = PeftModel.from_pretrained(pico.model(), tmp_path / "adapter").eval()
+    loaded.save_pretrained(tmp_path / "again")  # the same bytes: of whole models too, which were opened with their base
+    files = sorted((tmp_path / "adapter" / "vectors").iterdir())
+    assert [path.name for path in files] == sorted(f"{name}.safetensors" for name in pool)
+    for cut in (-5, 0):
+        for path in files:
+            again = tmp_path / "again" / "vectors" / path.name
+            assert again.read_bytes() == path.read_bytes()
+            again.write_bytes(path.read_bytes()[:cut])
+        loaded.save_pretrained(tmp_path / "again")
+    loaded.peft_config["default"].bundle_vectors = False
+    with pytest.warns(UserWarning, match=r"task0, task1.* were read from .*vectors and are not saved .* bundle_vectors=True"):
+        loaded.save_pretrained(tmp_path / "bare")
+    assert not (tmp_path / "bare" / "vectors").exists()
+    assert "bundle" not in (tmp_path / "bare" / "README.md").read_text()
+    records = json.loads((tmp_path / "bare" / "adapter_config.json").read_text())["provenance"]["vectors"]
+    assert not any("bundle" in record for record in records)
+    loaded.peft_config["default"].bundle_vectors = True
+    loaded.save_pretrained(tmp_path / "third")
+    own = (tmp_path / name / "adapter_config.json" for name in ("adapter", "third"))
+    assert len({path.read_bytes() for path in own}) == 1
 
 
 BYTES = {

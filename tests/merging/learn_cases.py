@@ -93,6 +93,21 @@ def classifiers(folder: Path, head_in_base: bool = False, lora: bool = False) ->
         write_rows(folder, name, number)
 
 
+def last_token_classifiers(folder: Path) -> None:
+    """`base`, an encoder, and `a` and `b` that answer at the last token; their configs name no token that pads."""
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
+    torch.manual_seed(0)
+    base = tf.GPT2Model(tf.GPT2Config(**sizes, initializer_range=0.2))
+    base.save_pretrained(folder / "base")
+    write_tokenizer(folder / "base")
+    for number, (name, classes) in enumerate(CLASSES.items()):
+        torch.manual_seed(number + 1)
+        model: Any = tf.GPT2ForSequenceClassification(tf.GPT2Config(**sizes, initializer_range=0.2, num_labels=classes))
+        model.transformer.load_state_dict(base.state_dict())
+        moved(model, number).save_pretrained(folder / name)
+        write_rows(folder, name, number)
+
+
 def writers(folder: Path, encoder_decoder: bool = False) -> None:
     """A small model that writes, two that were fine-tuned, and data."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -228,6 +229,9 @@ def test_bundled_vectors_are_merged_without_the_pool(kind: Any, tmp_path: Path) 
     for name in ("lora0", "whole", "file.safetensors"):
         shutil.move(tmp_path / name, tmp_path / f"moved-{name}")
     found = read(merge(table, tmp_path / "again"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    written = make_recipe(yaml.safe_load((tmp_path / "again" / "merge_recipe.yaml").read_text()))
+    found = read(merge(written, tmp_path / "third"))  # it lists the vectors of the bundle
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     path = tmp_path / "adapter" / "vectors" / "whole.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"1234")

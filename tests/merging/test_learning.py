@@ -22,11 +22,23 @@ from peft import PeftModel
 from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.cli import run
 from peft_subspace.merging import make_plan, merge, verify
+from peft_subspace.merging.learn_fields import TYPES, check_fields
 from peft_subspace.merging.learn_options import CONFIGS
 from peft_subspace.merging.recipe import make_recipe
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
 from peft_subspace.training import MergeTrainer
-from tests.merging.learn_cases import CLASSES, COMMON, WORDS, classifiers, recipe, write_head, write_rows, writers
+from tests.merging.learn_cases import (
+    CLASSES,
+    COMMON,
+    WORDS,
+    classifiers,
+    last_token_classifiers,
+    recipe,
+    rows_of,
+    write_head,
+    write_rows,
+    writers,
+)
 from tests.merging.tiny import contents, read
 
 pytestmark = [
@@ -93,9 +105,13 @@ def test_classifiers_with_heads_of_their_own(
     assert "cross-entropy at the start" in (tmp_path / "out.learned" / "README.md").read_text() or loss == "entropy"
 
 
-def test_the_loss_is_that_of_the_single_models_heads(tmp_path: Path) -> None:
-    """With one vector whole (init 1) a task's own model answers: its entropy is that of step 0."""
-    classifiers(tmp_path)
+@pytest.mark.parametrize("make", [classifiers, last_token_classifiers])
+def test_the_loss_is_that_of_the_single_models_heads(make: Any, tmp_path: Path) -> None:
+    """With one vector whole (init 1) a task's own model answers: its entropy is that of step 0.
+
+    Those that answer at the last token have no padding token in their config, and texts are of different lengths.
+    """
+    make(tmp_path)
     tasks = [{"name": "a", "data": str(tmp_path / "a.jsonl"), "text": "text"}]
     table = recipe(tmp_path, tasks=tasks, config={"init": {"a": 1.0}}, eval_batches=100, select="last")
     merge(table, tmp_path / "out")
@@ -122,6 +138,26 @@ def test_a_base_with_a_head_of_other_classes_says_what_to_do(tmp_path: Path) -> 
     tf.BertForSequenceClassification(tf.BertConfig(**COMMON, num_labels=7)).save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match=r"(?s)classifier\.weight.*name its encoder alone as base_model: AutoModel"):
         merge(recipe(tmp_path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [classifiers, last_token_classifiers])
+def test_texts_longer_than_the_base_has_positions_are_cut(make: Any, tmp_path: Path) -> None:
+    make(tmp_path)
+    rows = [{"text": " ".join(["w1"] * 200), "label": 0}, *rows_of(0)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": int(1e30)}))
+    merge(recipe(tmp_path, eval_batches=100), tmp_path / "out")
+    assert record(tmp_path)["result"]["loss"].keys() == CLASSES.keys()
+
+
+def test_what_fails_before_a_checkpoint_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifiers(tmp_path)
+    for error in (TypeError, KeyboardInterrupt):
+        monkeypatch.setattr(MergeTrainer, "train", lambda self, resume, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            merge(recipe(tmp_path), tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("encoder_decoder", [False, True])
@@ -230,13 +266,43 @@ def test_an_interrupted_learning_goes_on_to_the_same_bytes(tmp_path: Path, monke
         assert read(merge(table, tmp_path / "out", resume=True)).keys() == expected.keys()
 
 
-def test_the_result_is_merged_again_without_the_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{}, {"bundle_vectors": True}], ids=["pool", "bundle"])
+def test_the_result_is_merged_again_without_the_data(config: dict[str, Any], tmp_path: Path) -> None:
     classifiers(tmp_path)
-    merge(recipe(tmp_path), tmp_path / "out")
+    merge(recipe(tmp_path, config=config), tmp_path / "out")
     for name in CLASSES:
         (tmp_path / f"{name}.jsonl").unlink()
+        if config:
+            shutil.rmtree(tmp_path / name)
+    if config:  # the vectors beside the adapter are all there is
+        table = {"merge_method": "atlas", "subspace": {"learned": str(tmp_path / "out.learned")}}
+        merge(table, tmp_path / "bundle")
+        merge(tmp_path / "bundle" / "merge_recipe.yaml", tmp_path / "again")
+        assert contents(tmp_path / "bundle") == contents(tmp_path / "again")
+        return
     merge(tmp_path / "out" / "merge_recipe.yaml", tmp_path / "again")
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_what_was_learned_is_taken_for_the_same_rows_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifiers(tmp_path)
+    table = recipe(tmp_path)
+    merge(table, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(MergeTrainer, "train", None)
+    path, kept = tmp_path / "b.jsonl", (tmp_path / "b.jsonl").read_text()
+    write_rows(tmp_path, "b", 9)
+    with pytest.raises(OutputError, match=r"out\.learned: was learned from other rows of the task 'b'\. Pass --overwrite"):
+        merge(table, tmp_path / "out", resume=True)
+    path.write_text(kept.replace("text", "txt"))
+    merge(table, tmp_path / "out", resume=True)
+    assert "The rows of 'b' were not compared with those that were learned from: task 'b'" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out.learned" / "learning.json").write_text('{"reci')
+    with pytest.raises(OutputError, match=r"out\.learned/learning\.json: cannot be read .* pass --overwrite"):
+        merge(table, tmp_path / "out", resume=True)
 
 
 def test_the_command_and_its_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,6 +344,16 @@ def test_recipes_that_do_not_fit_together(tmp_path: Path) -> None:
         (recipe(tmp_path, tasks=[{**one, "answers": ["x", "x"]}]), r"two or more different texts"),
         (recipe(tmp_path, tasks=[{"name": "a", "data": "x"}]), r"one of `text` and `image`"),
         (recipe(tmp_path, tasks=[{**one, "label": None, "held_out": 3}]), r"needs a `label` column"),
+        (recipe(tmp_path, tasks=[{**one, "text": "{} x"}]), r"task 'a': text: '\{\} x' has \{\}; write \{column\}"),
+        (
+            recipe(tmp_path, tasks=[{**one, "text": "{text x"}]),
+            r"task 'a': text: '\{text x' cannot be read .* write \{column\}",
+        ),
+        (recipe(tmp_path, tasks=[{**one, "text": "{text:d}"}]), r"task 'a': text: '\{text:d\}' has \{text:d\}; write \{column"),
+        (recipe(tmp_path, tasks=[{**one, "text": "{{text}}"}]), r"task 'a': text: '\{\{text\}\}' has no \{column\}"),
+        (recipe(tmp_path, config={"target_modules": 5}), r"config: target_modules: 5 is not accepted; write a text or a list"),
+        (recipe(tmp_path, config={"selected": 5}), r"config: selected: 5 is not accepted; write a table"),
+        (recipe(tmp_path, "concrete", config={"block_types": 5}), r"config: block_types: 5 is not accepted; write a list"),
         (recipe(tmp_path, steps=0), r"steps.* greater than or equal to 1"),
         ({**recipe(tmp_path), "merge_method": "linear"}, r"subspace\.learn goes with methods that are learned"),
         ({**recipe(tmp_path), "base_model": None}, r"subspace\.learn needs a base_model"),
@@ -296,6 +372,9 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
     one = labelled(tmp_path)[0]
     write_rows(tmp_path, "wide", 0, label=7)
     write_rows(tmp_path, "words", 0, label="good")
+    write_rows(tmp_path, "lists", 0, label=[1])
+    gaps = [*rows_of(0), {"text": None, "label": 0}, *rows_of(1)]
+    (tmp_path / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gaps))
     (tmp_path / "broken.jsonl").write_text("{")
     (tmp_path / "notes.txt").write_text("x")
     wide = {**one, "data": str(tmp_path / "wide.jsonl")}
@@ -307,6 +386,11 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
         ({**one, "head": str(tmp_path / "base")}, r"has no head of BertModel \(classifier\.weight, classifier\.bias\)\. Write"),
         ({**wide, "head": write_head(tmp_path, 5)}, r"the label 7 is no number of a class: the head has 5 classes"),
         ({**one, "data": str(tmp_path / "words.jsonl")}, r"the label 'good' is none of \['LABEL_0', 'LABEL_1', 'LABEL_2'\]"),
+        ({**one, "data": str(tmp_path / "lists.jsonl")}, r"the label \[1\] is no number of a class"),
+        (
+            {**one, "data": str(tmp_path / "gaps.jsonl")},
+            r"task 'a': .*gaps\.jsonl has no value in the column 'text' .* row 25\.",
+        ),
         ({**one, "data": str(tmp_path / "broken.jsonl")}, r"task 'a': the data .*broken\.jsonl cannot be read"),
         ({**one, "data": str(tmp_path / "lost.csv")}, r"task 'a': data: there is no file .*lost\.csv"),
         ({**one, "data": str(tmp_path / "notes.txt")}, r"is a file, and \.jsonl, \.json, \.csv, \.parquet are read"),
@@ -317,6 +401,51 @@ def test_data_that_do_not_fit_are_refused_by_name_and_leave_nothing(tmp_path: Pa
         assert not list(tmp_path.glob("out*"))
     with pytest.raises(RecipeError, match=r"subspace\.learn\.config: granularity='rows' is not known"):
         merge(recipe(tmp_path, config={"granularity": "rows"}), tmp_path / "out")
+
+
+def test_what_headers_tell_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dry run too, but what the plan of the replay alone can tell."""
+    classifiers(tmp_path)
+    monkeypatch.setattr(MergeTrainer, "train", None)
+    one = labelled(tmp_path)[0]
+    (tmp_path / "nothing.jsonl").touch()
+    other = write_head(tmp_path, 3)
+    adapter = recipe(tmp_path)
+    adapter["subspace"]["output"] = "adapter"
+    base = str(tmp_path / "base")
+    cases: list[tuple[dict[str, Any], str, list[str], int, str]] = [
+        (adapter, "out", [], 2, r"subspace\.output is adapter, and \S+a is a whole model"),
+        (recipe(tmp_path), "out", ["--device", "nowhere"], 2, r"--device nowhere: torch cannot use it here"),
+        (recipe(tmp_path), "a/out", [], 4, r"is, holds or lies in the model \S+a\. Choose another folder"),
+        (recipe(tmp_path, tasks=[{**one, "head": other}]), "head.safetensors", ["--overwrite"], 4, r"is, holds or lies in"),
+        (recipe(tmp_path, tasks=[{**one, "data": f"{base}.csv"}]), "out", [], 2, r"task 'a': data: there is no file"),
+        (recipe(tmp_path, tasks=[{**one, "data": str(tmp_path / "nothing.jsonl")}]), "out", [], 3, r"task 'a': .* is empty"),
+        (recipe(tmp_path, tasks=[{**one, "head": f"{base}/x/y"}]), "out", [], 3, r"task 'a': head: .*there is no such folder"),
+        (recipe(tmp_path, tasks=[{**one, "name": "c"}]), "out", [], 2, r"task 'c': which head\? .* Write `head: MODEL`"),
+        ({**recipe(tmp_path), "base_model": f"{base}/model.safetensors"}, "out", [], 2, r"base_model: \S+ is not the folder"),
+        (recipe(tmp_path), "a.jsonl", ["--overwrite"], 4, r"is or holds the data of the task 'a'"),
+    ]
+    path, before = tmp_path / "recipe.yaml", {file: file.stat().st_size for file in tmp_path.rglob("*")}
+    for table, out, more, code, message in cases:
+        path.write_text(yaml.safe_dump(table))
+        for run_as in ([], ["--dry-run"]):
+            assert run(["merge", str(path), str(tmp_path / out), *more, *run_as]) == code
+            assert re.search(message, capsys.readouterr().err)
+    path.unlink()
+    assert {file: file.stat().st_size for file in tmp_path.rglob("*")} == before
+
+
+def test_an_adapter_that_cannot_be_written_is_refused_before_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifiers(tmp_path, lora=True)
+    monkeypatch.setattr(MergeTrainer, "train", None)
+    tasks = [{"name": "b", "data": str(tmp_path / "b.jsonl"), "text": "text"}]
+    table = {**recipe(tmp_path, "concrete", tasks=tasks), "models": [{"model": str(tmp_path / "b")}]}
+    table["subspace"] |= {"output": "adapter", "adapter": {"method": "exact"}}
+    with pytest.raises(RecipeError, match=r"subspace\.adapter\.method: exact is for"):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_code_that_comes_with_a_base_is_not_run(tmp_path: Path) -> None:
@@ -350,5 +479,7 @@ def test_the_keys_of_config_are_those_of_the_adapter(method: str, config: Any) -
     """Written down where no torch is imported; all that the method's own class has is there, but the recipe's own keys."""
     own = {field.name for field in dataclasses.fields(config)}
     assert set(CONFIGS[method]) <= own
+    assert set(CONFIGS[method]) <= set(TYPES)
+    check_fields({field.name: getattr(config(), field.name) for field in dataclasses.fields(config) if field.name in TYPES})
     parent = {field.name for field in dataclasses.fields(config.__mro__[1])}
     assert own - parent - set(CONFIGS[method]) <= {"seed", "train_mask"}

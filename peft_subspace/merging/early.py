@@ -1,0 +1,126 @@
+"""What is refused before anything is learned or written. Needs no torch, but to look for a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..task_vectors.errors import InputError, OutputError, RecipeError, sentence
+from ..task_vectors.models import Source, open_source, without_base
+from ..task_vectors.sources import Checkpoint
+from .learn_options import TaskOptions, data_place, vector_names
+from .recipe import Recipe
+
+
+def partial_path(out: Path) -> Path:
+    """Where a result is while it is not whole."""
+    return out.with_name(out.name + ".partial")
+
+
+def learned_path(out: Path) -> Path:
+    """Where the adapter of a result that learns is."""
+    return out.with_name(out.name + ".learned")
+
+
+def check_device(device: str) -> None:
+    """Raise a RecipeError unless torch can compute there."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        raise RecipeError(f"--device {device}: torch cannot use it here: {sentence(str(error).splitlines()[0])}") from error
+
+
+def keep_inputs(out: Path, parts: Iterable[Checkpoint]) -> None:
+    """A folder that is written must not take the place of a model that it is made from, nor lie inside of one."""
+    place = Path(os.path.realpath(out))
+    for part in parts:
+        folder = Path(os.path.realpath(part.path))
+        if folder == place or place in folder.parents or folder in place.parents:
+            raise OutputError(f"{out}: is, holds or lies in the model {part.name}. Choose another folder.")
+
+
+def check_adapters(names: Iterable[str], sources: Iterable[Source]) -> None:
+    """Raise a RecipeError for a whole model among those that are to be merged into an adapter."""
+    for name, source in zip(names, sources, strict=True):
+        if source.full is not None:
+            raise RecipeError(
+                f"subspace.output is adapter, and {name} is a whole model. Merge into a model, and make an adapter of it with "
+                f"`peft-subspace extract`."
+            )
+
+
+# Before learning ---------------------------------------------------------------------------------------------------------
+
+
+def check_before_learning(recipe: Recipe, out: Path | None, device: str) -> None:
+    """Open all that a recipe with a `learn` block names, by its headers.
+
+    Args:
+        recipe: with a `learn` block.
+        out: the result; None if it is not known yet.
+        device: where to learn.
+
+    Raises:
+        RecipeError: a task without a head, a base that is no folder, a whole model for `output: adapter`, a device.
+        InputError: a model, a head or data that are not there, or damaged.
+        OutputError: `out`, or a folder beside it, is, holds or lies in a model, or has the data.
+    """
+    options = recipe.subspace.learn
+    assert options is not None
+    assert recipe.base_model is not None
+    check_device(device)
+    base = open_source(recipe.base_model)
+    models = [entry.model for entry in recipe.merged_models]
+    sources = [without_base(open_source(model), base) for model in models]
+    if base.full is None or base.full.path.is_file() or len(base.checkpoints) > 1:
+        raise RecipeError(
+            f"base_model: {recipe.base_model} is not the folder or the Hub id of one model; the base to learn on needs its "
+            f"config.json and its tokenizer too. Name the folder."
+        )
+    if recipe.subspace.output == "adapter":
+        check_adapters(map(str, models), sources)
+    names = vector_names(models)
+    heads = [head for task in options.tasks if (head := _head(task, base.full, names)) is not None]
+    for task in options.tasks:
+        data_place(task)
+    if out is None:
+        return
+    parts = [part for source in (base, *sources, *heads) for part in source.checkpoints]
+    for path in (out, learned_path(out)):
+        for place in (path, partial_path(path)):
+            keep_inputs(place, parts)
+            _keep_data(place, options.tasks)
+
+
+def _keep_data(place: Path, tasks: Iterable[TaskOptions]) -> None:
+    real = Path(os.path.realpath(place))
+    for task in tasks:
+        data = Path(os.path.realpath(task.data))
+        if os.path.exists(task.data) and (data == real or real in data.parents):
+            raise OutputError(f"{place}: is or holds the data of the task {task.name!r}. Choose another folder.")
+
+
+def _head(task: TaskOptions, base: Checkpoint, names: list[str]) -> Source | None:
+    """The model that a task's head is in, if the recipe names it for that alone."""
+    if task.head is not None:
+        try:
+            return open_source(task.head)
+        except InputError as error:
+            raise InputError(f"task {task.name!r}: head: {error}") from error
+    made_as = base.config.get("architectures") or ["Classification"]  # a config that does not say: the file is tried
+    if task.answers is None and task.name not in names and not any("Classification" in str(name) for name in made_as):
+        raise no_head(task, base.name, names)
+    return None
+
+
+def no_head(task: TaskOptions, base: str, names: Iterable[str]) -> RecipeError:
+    """What to say about a task that nothing answers."""
+    return RecipeError(
+        f"task {task.name!r}: which head? {base} has none, and no model is called {task.name!r} (there are "
+        f"{', '.join(names)}). Write `head: MODEL`."
+    )
