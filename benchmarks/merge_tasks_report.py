@@ -51,22 +51,14 @@ def report(options: argparse.Namespace, results: dict[str, Any], methods: Sequen
         whole = {seed: found for seed, found in seeds.items() if set(known) <= set(found)}
         if whole and len(whole) < len(seeds):
             _table(f"{kind}, all methods", whole, _rows(whole, known))
-        rows = _rows(seeds, known)
-        labels = [
-            row["name"] + (f" (seeds: {len(row['by_seed'])})" if len(row["by_seed"]) < len(seeds) else "") for row in rows
-        ]
-        axis.barh(labels, [row["mean"] for row in rows], color="#4878a8")
+        rows = _rows(whole or seeds, known)
+        axis.barh([row["name"] for row in rows], [row["mean"] for row in rows], color="#4878a8")
         for at, row in enumerate(rows):
             axis.plot(row["by_seed"], [at] * len(row["by_seed"]), "k.", markersize=4)
         points = [score for row in rows for score in row["by_seed"]]
-        axis.set(title=f"{kind}: accuracy / single-task accuracy", xlim=(min(points) - 0.05, max(1.0, *points) + 0.02))
+        title = f"{kind}: accuracy / single-task accuracy, seeds {', '.join(whole or seeds)}"
+        axis.set(title=title, xlim=(min(points) - 0.05, max(1.0, *points) + 0.02))
     figure.savefig(options.output / "merge-tasks.png", dpi=110)
-
-
-def _label(row: Mapping[str, Any], seeds: int) -> str:
-    """The name of a method, and how many seeds have it where not all have."""
-    found = len(row["by_seed"])
-    return row["name"] if found == seeds else f"{row['name']} ({found} of {seeds} seeds)"
 
 
 def _rows(seeds: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
