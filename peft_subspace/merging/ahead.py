@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 from ..task_vectors.headers import TensorHeader
@@ -54,7 +54,7 @@ class Ahead:
             starts.append(starts[-1] + tensor.bytes_read)
         for number, tensor in enumerate(self._tensors):
             with self._changed:
-                self._changed.wait_for(functools.partial(self._may, starts, number, starts[number + 1]))
+                self._changed.wait_for(partial(self._may, starts, number))
             if number < self._taken:  # it is being read already
                 continue
             for header in tensor.headers:
@@ -63,8 +63,8 @@ class Ahead:
                 with contextlib.suppress(OSError):  # the reader will say it better
                     self._ask(header)
 
-    def _may(self, starts: list[int], number: int, until: int) -> bool:
-        return self._stopped or number <= self._taken or until - starts[self._taken] <= self._room
+    def _may(self, starts: list[int], number: int) -> bool:
+        return self._stopped or number <= self._taken or starts[number + 1] - starts[self._taken] <= self._room
 
     def _ask(self, header: TensorHeader) -> None:
         file = os.open(header.path, os.O_RDONLY)

@@ -15,12 +15,18 @@ from .recipe import Recipe
 
 def partial_path(out: Path) -> Path:
     """Where a result is while it is not whole."""
-    return out.with_name(out.name + ".partial")
+    return _beside(out, ".partial")
 
 
 def learned_path(out: Path) -> Path:
     """Where the adapter of a result that learns is."""
-    return out.with_name(out.name + ".learned")
+    return _beside(out, ".learned")
+
+
+def _beside(out: Path, ending: str) -> Path:
+    if not out.name or out.name == "..":
+        raise OutputError(f"{str(out)!r} is not a name for a new folder.")
+    return out.with_name(out.name + ending)
 
 
 def check_device(device: str) -> None:

@@ -109,8 +109,6 @@ def check_place(out: Path, resume: bool, overwrite: bool) -> bool:
     Raises:
         OutputError: something is there, and neither `resume` nor `overwrite` says what to do about it.
     """
-    if not out.name or out.name in (".", ".."):
-        raise OutputError(f"{str(out)!r} is not a name for a new folder.")
     partial = partial_path(out)
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         if resume and (out / MANIFEST).is_file() and not partial.exists():
