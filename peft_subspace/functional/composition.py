@@ -138,10 +138,11 @@ def accumulate(total: Tensor, vectors: Sequence[Vector | None], coefficients: Te
         return
     for start, part in _chunks(flat, groups) if dense else ():
         stop = start + part.numel()
+        here = None if groups is None else groups.at(start, stop, part.device)
         for number, vector in dense:
             values = vector.part(start, stop, part)
-            if groups is not None:
-                part.addcmul_(values, groups.spread(number, start, stop))
+            if here is not None:
+                part.addcmul_(values, here.spread(number))
             elif isinstance(number, float):
                 part.add_(values, alpha=number)
             else:
@@ -195,13 +196,14 @@ def inner_products(grad: Tensor, vectors: Sequence[Vector | None], groups: Group
         return sums[:, 0]
     products = []
     for start, part in _chunks(flat, groups) if dense else ():
-        part = part.to(wide)
+        part, stop = part.to(wide), start + part.numel()
+        here = None if groups is None else groups.at(start, stop, part.device)
         for t, vector in dense:
-            values = vector.part(start, start + part.numel(), part)
-            if groups is None:
+            values = vector.part(start, stop, part)
+            if here is None:
                 products.append(torch.dot(values, part))  # added up at once: an addition each costs a tenth of the pass
             else:
-                groups.collect(sums[t], values * part, start)
+                here.collect(sums[t], values * part)
     if products:
         sums[[t for t, _ in dense], 0] = torch.stack(products).view(-1, len(dense)).double().sum(0)
     return sums[:, 0] if groups is None else sums

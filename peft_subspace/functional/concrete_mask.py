@@ -162,7 +162,7 @@ class Masked:
     def _entries(self, start: int, stop: int, per_group: Tensor | None, like: Tensor) -> Tensor:
         if per_group is None or self.groups is None:
             return self.mask.part(start, stop).to(like.dtype)
-        return self.groups.spread(per_group, start, stop)
+        return self.groups.at(start, stop, per_group.device).spread(per_group)
 
     def _cuts(self, size: int) -> list[tuple[int, int]]:
         return _cuts(size, CHUNK if self.groups is None else self.groups.step(CHUNK))
@@ -208,7 +208,7 @@ class Masked:
             if self.groups is None:
                 out.mul_(bell(m, out=bells[start:stop]))
             else:
-                self.groups.collect(pulled, out, start)
+                self.groups.at(start, stop, out.device).collect(pulled, out)
         scale = self._scale(mass / flat.numel() if values is None else _mean(values))
         if logits and values is not None:
             pulled.mul_(bells)

@@ -37,7 +37,7 @@ class Groups:
         self._numbers: Tensor | None = None
 
     def step(self, most: int) -> int:
-        """How many entries to take at a time, at most `most`, so that `spread` and `collect` need no look-up."""
+        """How many entries to take at a time, at most `most`, so that a `Stretch` needs no look-up."""
         if self.run is None or self.run > most:
             return most
         period = self.run * self.count
@@ -54,22 +54,9 @@ class Groups:
         inside = start // period == (start + count - 1) // period
         return (1, count // self.run, self.run) if inside else None
 
-    def spread(self, values: Tensor, start: int, stop: int) -> Tensor:
-        """values[pi(e)] of the entries [start, stop), to be read only: `[stop - start]`."""
-        shape = self._shape(start, stop - start)
-        if shape is None or self.run is None:
-            return values[self.part(start, stop, values.device)]
-        first = start // self.run % self.count
-        return values[first : first + shape[1]].view(1, -1, 1).expand(shape).reshape(-1)
-
-    def collect(self, total: Tensor, part: Tensor, start: int) -> None:
-        """total[k] += the sum of part[e] over the entries of group k, in place; `part` begins at the entry `start`."""
-        shape = self._shape(start, part.numel())
-        if shape is None or self.run is None:
-            total.index_add_(0, self.part(start, start + part.numel(), part.device), part.to(total.dtype))
-            return
-        first = start // self.run % self.count
-        total[first : first + shape[1]] += part.view(shape).sum((0, 2), dtype=total.dtype)
+    def at(self, start: int, stop: int, device: torch.device) -> Stretch:
+        """pi on the entries [start, stop), for whatever is spread or collected there."""
+        return Stretch(self, self._shape(start, stop - start), start, stop, device)
 
     def part(self, start: int, stop: int, device: torch.device) -> Tensor:
         """`[stop - start]` int64, each in [0, K)."""
@@ -84,6 +71,29 @@ class Groups:
 
     def __reduce__(self) -> Any:
         return Groups, (self.count, self._make, self._size, self.run)
+
+
+class Stretch:
+    """pi on a range of entries; looked up once for all tensors, if it has to be looked up at all."""
+
+    def __init__(self, groups: Groups, shape: tuple[int, int, int] | None, start: int, stop: int, device: torch.device) -> None:
+        self._shape = shape
+        self._numbers = groups.part(start, stop, device) if shape is None else None
+        first = 0 if shape is None or groups.run is None else start // groups.run % groups.count
+        self._own = slice(first, first + (0 if shape is None else shape[1]))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """values[pi(e)] of all entries, to be read only; `values` `[K]`."""
+        if self._shape is None:
+            return values[self._numbers]
+        return values[self._own].view(1, -1, 1).expand(self._shape).reshape(-1)
+
+    def collect(self, total: Tensor, part: Tensor) -> None:
+        """total[k] += the sum of part[e] over the entries of group k, in place; `total` `[K]`."""
+        if self._numbers is not None:
+            total.index_add_(0, self._numbers, part.to(total.dtype))
+        elif self._shape is not None:
+            total[self._own] += part.view(self._shape).sum((0, 2), dtype=total.dtype)
 
 
 def along_axis(geometry: Any, axis: int, length: int = 1) -> dict[str, Any]:

@@ -146,6 +146,20 @@ def write_synced(path: Path, content: bytes) -> None:
         raise disk_error(path, error) from error
 
 
+def begin_folder(partial: Path, keep: bool) -> None:
+    """Make the folder of something unfinished; what is in it stays only with `keep`.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        if partial.exists() and not keep:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(partial, error) from error
+
+
 def sync_folder(path: Path) -> None:
     """Put the names in a folder on the disk."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -22,7 +22,7 @@ from ..task_vectors.errors import InputError, OutputError, RecipeError
 from ..task_vectors.models import open_source
 from ..task_vectors.references import Reference
 from .early import check_before_learning, learned_path, partial_path
-from .files import disk_error, write_synced
+from .files import begin_folder, write_synced
 from .learn_options import vector_names
 from .recipe import Recipe
 
@@ -83,12 +83,7 @@ def learn(
             raise OutputError(f"{folder}: is there already. Choose another name for the result, or pass --overwrite.")
     if partial.exists() and not resume and not overwrite:
         raise OutputError(f"{partial}: an unfinished learning is there. Pass --resume to go on, or --overwrite to start anew.")
-    try:
-        if partial.exists() and not resume:
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(partial, error) from error
+    begin_folder(partial, keep=resume)
     goes_on = _begun(partial)
     try:
         _learn_into(partial, recipe, _replay(recipe, partial), goes_on, device, say)

@@ -13,7 +13,7 @@ from typing import Any
 from ..task_vectors.errors import OutputError, RecipeError
 from .ahead import Ahead
 from .early import check_device, keep_inputs, partial_path
-from .files import OutputFiles, disk_error, put_in_place, sync_folder, write_synced
+from .files import OutputFiles, begin_folder, put_in_place, sync_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
 from .outputs import RECIPE_FILE, card, side_files, write_side_files
@@ -127,12 +127,7 @@ def _prepare(out: Path, resume: bool, overwrite: bool) -> Path | None:
     if check_place(out, resume, overwrite):
         partial.with_name(partial.name + ".journal").unlink(missing_ok=True)
         return None
-    try:
-        if partial.exists() and not resume:
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(partial, error) from error
+    begin_folder(partial, keep=resume)
     return partial
 
 

@@ -46,8 +46,9 @@ def test_spread_and_collect_are_the_look_up(
     spread, total = [], torch.zeros(groups.count, dtype=torch.float64)
     for start in range(0, size, step):
         stop = min(start + step, size)
-        spread.append(groups.spread(values, start, stop))
-        groups.collect(total, part[start:stop], start)
+        here = groups.at(start, stop, torch.device("cpu"))
+        spread.append(here.spread(values))
+        here.collect(total, part[start:stop])
     assert torch.equal(torch.cat(spread), values[where])
     wanted = torch.zeros(groups.count, dtype=torch.float64).index_add_(0, where, part)
     torch.testing.assert_close(total, wanted, rtol=1e-12, atol=1e-12)
@@ -55,5 +56,5 @@ def test_spread_and_collect_are_the_look_up(
 
 def test_a_range_that_cuts_a_run_is_looked_up() -> None:
     groups = groups_from(along_axis(described((6, 10), False), 0), (6, 10))
-    values = torch.arange(6.0)
-    assert torch.equal(groups.spread(values, 7, 33), values[groups.part(7, 33, torch.device("cpu"))])
+    values, cpu = torch.arange(6.0), torch.device("cpu")
+    assert torch.equal(groups.at(7, 33, cpu).spread(values), values[groups.part(7, 33, cpu)])

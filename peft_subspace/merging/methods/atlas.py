@@ -93,11 +93,11 @@ def merge(inputs: Inputs) -> Tensor:
     from zero, so that both agree to a rounding of the sum.
     """
     learned, n = inputs.learned, inputs.tensors[0].numel()
-    where = None
+    here = None
     if learned.groups is not None:
-        where = learned.groups.part(inputs.start, inputs.start + n, inputs.tensors[0].device)
+        here = learned.groups.at(inputs.start, inputs.start + n, inputs.tensors[0].device)
     total = inputs.tensors[0].new_zeros(n)
     for number, tensor in zip(learned.values.to(total.device, total.dtype), inputs.tensors, strict=True):
-        total.addcmul_(tensor, number if where is None else number[where])
+        total.addcmul_(tensor, number if here is None else here.spread(number))
     factor = inputs.options["lambda"]
     return total if factor == 1.0 else total.mul_(factor)

@@ -70,7 +70,7 @@ class ReplayedMask:
         if self.groups is None or self.values is None:
             first = start // 8 * 8  # where a byte of packed bits, and a draw of noise, begins
             return self.mask.part(first, stop)[start - first :]
-        return self.groups.spread(self.values, start, stop)
+        return self.groups.at(start, stop, self.values.device).spread(self.values)
 
     def applied(self, deltas: Sequence[Tensor], start: int) -> list[Tensor]:
         """m / mean(m) * tau_t of tiles that begin at the entry `start`, in any shape: as `save_masked_vectors` has it."""
