@@ -10,8 +10,6 @@ Llama-like model with all linear layers of its blocks as blocks; the order rotat
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -214,11 +212,7 @@ def _workload(args: argparse.Namespace) -> Workload:
 def _peak(name: str, args: argparse.Namespace, folder: Path) -> int | None:
     """Growth of the resident set over two steps, in a process of its own whose vectors are loaded."""
     options = ["--layers", str(args.layers), "--dtype", args.dtype, "--peak-of", name, "--folder", str(folder)]
-    command = [sys.executable, str(Path(__file__).resolve()), *options, *(["--quick"] if args.quick else [])]
-    # the allocator gives everything back at once: else the peak is that of its own holes
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    value = done.stdout.split()[-1]
+    value = measure.run_alone(__file__, *options, *(["--quick"] if args.quick else []))
     return None if value == "None" else int(value)
 
 

@@ -15,12 +15,14 @@ task with another seed. Runs are written one by one, so an interrupted benchmark
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ if __package__ in (None, ""):  # run as a script: look for packages beside bench
 
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -46,7 +49,7 @@ RATES = {
     "entropy": (1e-3, 3e-3, 1e-2, 3e-2),
     "ufm": (1e-3, 3e-3, 1e-2, 3e-2),
 }
-AT_TEST_TIME = ("none", "entropy", "ufm")
+LEARNED, AT_TEST_TIME = ("probe", "lora", "atlas"), ("none", "entropy", "ufm")
 HEAD_RATE, STEPS, BATCH, TOKENS, ROWS, HELD_OUT, TEST = 1e-2, 20, 16, 32, 1200, 150, 200
 DROPPED = 0.2  # share of the tokens that the strong view lacks
 
@@ -71,7 +74,7 @@ class Classifier(nn.Module):
 def shots(rows: Rows, classes: int, count: int) -> Rows:
     """The first `count` rows of each class (all that there are, of a rare one)."""
     chosen = [i for c in range(classes) for i in [i for i, label in enumerate(rows.labels) if label == c][:count]]
-    return Rows([rows.ids[i] for i in chosen], [rows.labels[i] for i in chosen])
+    return type(rows)([rows.ids[i] for i in chosen], [rows.labels[i] for i in chosen])
 
 
 @torch.no_grad()
@@ -249,29 +252,43 @@ class Runs:
         return max(scores, key=lambda rate: scores[rate])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing, then report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/merge-tasks"), help="where the single-task models are")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tasks", nargs="+", default=list(REPORTED), choices=TASKS)
-    parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="only report")
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    runs = Runs(options.out / "few-shot-runs.jsonl", options.folder)
-    if not options.report:
-        rates = {method: runs.best_rate(method) for method in RATES}
-        for seed in options.seeds:
-            for task in options.tasks:
-                for count in options.shots:
-                    for method in ("probe", "lora", "atlas"):
-                        runs.get(task, method, count, rates[method], seed)
-                for method in AT_TEST_TIME:
-                    runs.get(task, method, 16, rates[method], seed)
-    reporting.report(list(runs.done.values()), options.out)
+@dataclass(frozen=True)
+class Plan:
+    """What one benchmark of this kind runs, and under which name its results stand."""
 
+    name: str
+    folder: str
+    bench: type[Bench]
+    tasks: tuple[str, ...]
+    shots: tuple[int, ...]
+    swept: str
+    at_test_time: tuple[str, ...] = ()
+
+    def run(self, doc: str | None, arguments: Sequence[str] | None = None) -> None:
+        """Read the command line, run what is missing, then report."""
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--folder", type=Path, default=Path(self.folder), help="where the single-task models are")
+        parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+        parser.add_argument("--tasks", nargs="+", default=list(self.tasks), choices=dict.fromkeys((*self.tasks, self.swept)))
+        parser.add_argument("--shots", type=int, nargs="+", default=list(self.shots))
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        parser.add_argument("--report", action="store_true", help="only report")
+        options = parser.parse_args(arguments)
+        transformers.utils.logging.disable_progress_bar()
+        for folder in (options.out, options.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        runs = Runs(options.out / f"{self.name}-runs.jsonl", options.folder, self.bench, self.swept)
+        if not options.report:
+            rates = {method: runs.best_rate(method) for method in (*LEARNED, *self.at_test_time)}
+            for seed, task in itertools.product(options.seeds, options.tasks):
+                for count, method in itertools.product(options.shots, LEARNED):
+                    runs.get(task, method, count, rates[method], seed)
+                for method in self.at_test_time:
+                    runs.get(task, method, 16, rates[method], seed)
+        reporting.report(list(runs.done.values()), options.out, self.name)
+
+
+PLAN = Plan("few-shot", "outputs/merge-tasks", Bench, REPORTED, SHOTS, SWEPT, AT_TEST_TIME)
 
 if __name__ == "__main__":
-    main()
+    PLAN.run(__doc__)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -173,10 +172,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return {}
     rows = {}
     for method in args.methods.split(","):
-        command = [sys.executable, str(Path(__file__).resolve()), "--layers", str(args.layers), "--targets", args.targets]
-        command += ["--one", method, *(["--late", str(args.late)] if args.late else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows[method] = json.loads(done.stdout.splitlines()[-1])
+        options = ["--layers", str(args.layers), "--targets", args.targets, "--one", method]
+        options += ["--late", str(args.late)] if args.late else []
+        rows[method] = json.loads(measure.run_alone(__file__, *options))
         print(method, rows[method], flush=True)
     report = {
         **measure.environment(torch.device("cpu")),

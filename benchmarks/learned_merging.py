@@ -1,6 +1,7 @@
 """Learned merges on real weights, three seeds: AdaMerging, Concrete and supervised aTLAS against averages and TIES.
 
     python benchmarks/learned_merging.py                    # models, sweep of the rates, every merge; can be interrupted
+    python benchmarks/learned_merging.py --long             # besides, what learns without labels in ten times the steps
     python benchmarks/learned_merging.py --report           # the table and the picture of what has run
 
 The papers' models are CLIP's, with zero-shot heads that are given and fixed. Likewise each task here has a head that is not
@@ -50,7 +51,7 @@ ASSET = {"text": "minilm", "image": "vit-small"}
 FINE_TUNING = {"text": (5e-5, 2), "image": (2e-5, 2)}  # rate of the encoder, epochs over 960 rows
 BATCH = 8
 SHOTS, SCALES = 4, (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-LAMBDA, GRID, STEPS = 0.3, (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5), 40
+LAMBDA, GRID, STEPS, LONG = 0.3, (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5), 40, 400
 TUNED = ["linear", "norm", "bias", "other"]  # the embeddings have no difference
 SWEEP_SEED = 100  # models and draws that the rates are chosen with
 MASK_RATES, COEFFICIENT_RATES = (0.003, 0.01, 0.03), (0.003, 0.01, 0.03)
@@ -259,17 +260,17 @@ def individual(suite: Suite) -> dict[str, Any]:
     return {"accuracy": found}
 
 
-def by_entropy(suite: Suite, seed: int, config: Any, rates: Rates, part: str = "test") -> dict[str, Any]:
+def by_entropy(suite: Suite, seed: int, config: Any, rates: Rates, part: str = "test", steps: int = STEPS) -> dict[str, Any]:
     """AdaMerging or Concrete."""
     torch.manual_seed(seed)
     model = get_peft_model(suite.model(), config)
     tasks = [Task(name, Unlabelled(suite, name), answers(head)) for name, head in suite.heads.items()]
     arguments = MergeArguments(
-        mask_steps=STEPS,
+        mask_steps=steps,
         mask_lr=rates.mask,
-        coefficient_steps=STEPS,
+        coefficient_steps=steps,
         coefficient_lr=rates.coefficient,
-        eval_every=10,
+        eval_every=steps // 4,
         seed=seed,
     )
     trainer = MergeTrainer(model, tasks, arguments, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
@@ -324,6 +325,10 @@ METHODS: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
     "aTLAS, isotropic (labels)": lambda suite, seed, rates: by_labels(suite, seed, atlas(suite, "task"), rates.labelled),
     "aTLAS, anisotropic (labels)": lambda suite, seed, rates: by_labels(suite, seed, atlas(suite, "block"), rates.labelled),
 }
+LONG_METHODS: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
+    f"Concrete TA, {LONG} steps": lambda s, seed, rates: by_entropy(s, seed, concrete(s, seed, None), rates, steps=LONG),
+    f"AdaMerging, layer, {LONG} steps": lambda s, seed, rates: by_entropy(s, seed, atlas(s, "block"), rates, steps=LONG),
+}
 
 
 # Rates -------------------------------------------------------------------------------------------------------------------
@@ -362,7 +367,7 @@ def report(runs: dict[tuple[str, str, int], Any], output: Path) -> None:
     view = Table("method", *(f"{kind}: mean accuracy" for kind in kinds), *(name for kind in kinds for name in TASKS[kind]))
     figure = Figure(figsize=(10, 4.2))
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for method in METHODS:
+    for method in [*METHODS, *LONG_METHODS]:
         cells, single = [], []
         for kind in kinds:
             found = [runs[key] for seed in range(10) if (key := (kind, method, seed)) in runs]
@@ -373,7 +378,7 @@ def report(runs: dict[tuple[str, str, int], Any], output: Path) -> None:
                 single.append(f"{100 * statistics.mean(run['accuracy'][name] for run in found):.1f}" if found else "-")
         view.add_row(method, *cells, *single)
     for place, kind in zip(axes, kinds, strict=True):
-        names = [m for m in METHODS if any(key[:2] == (kind, m) for key in runs)]
+        names = [m for m in [*METHODS, *LONG_METHODS] if any(key[:2] == (kind, m) for key in runs)]
         values = [[mean_of(runs[key]) for seed in range(10) if (key := (kind, m, seed)) in runs] for m in names]
         place.barh(names[::-1], [statistics.mean(v) for v in values][::-1], color="#7a9cc6")
         for at, found in enumerate(values[::-1]):
@@ -392,6 +397,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--kinds", nargs="+", default=["image", "text"], choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--long", action="store_true", help=f"also {', '.join(LONG_METHODS)}")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -420,7 +426,7 @@ def main() -> None:
         rates = chosen_rates(kind, runs)
         for seed in options.seeds:
             suite = suite_of(kind, seed, options.folder)
-            for name, method in METHODS.items():
+            for name, method in {**METHODS, **(LONG_METHODS if options.long else {})}.items():
                 run(kind, name, seed, partial(method, suite, seed, rates))
     report(runs, options.output)
 

@@ -10,7 +10,6 @@ head, batch and optimizer; the order rotates from round to round and every ratio
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -202,11 +201,7 @@ class Trainee:
 
 def peak_in_fresh_process(method: str, argv: list[str]) -> int | None:
     """Growth of the resident set over two steps, in a process that does nothing else. None if it cannot be read."""
-    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--peak-of", method]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"The process that measures the memory of {method!r} failed:\n{done.stderr}")
-    value = done.stdout.split()[-1]
+    value = measure.run_alone(__file__, *argv, "--peak-of", method)
     return None if value == "None" else int(value)
 
 

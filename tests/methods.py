@@ -31,6 +31,7 @@ class Method:
     sums: bool = True  # whether a weighted sum of adapters is one
     saturates: bool = False  # whether infinite parameters make finite weights
     steady: dict[str, Any] = field(default_factory=dict)  # fields with which training draws no random numbers
+    stored: tuple[dict[str, Any], ...] = ()  # fields with which the file, or what is made again on loading, is another one
 
     @property
     def exports(self) -> bool:
@@ -69,9 +70,30 @@ METHODS = {
         {"rank_pattern": 3},
         lora_rank=16,
     ),
-    "ATLAS": Method(AtlasConfig, {}, {"init": 0.1}, dropout=False, composes=True),
+    "ATLAS": Method(
+        AtlasConfig,
+        {},
+        {"init": 0.1},
+        dropout=False,
+        composes=True,
+        stored=(
+            {"granularity": "partition", "partition": 3, "partition_seed": 2},
+            {"granularity": "task"},
+            {"tie_blocks": [["q_proj.weight", "o_proj.weight"]]},
+        ),
+    ),
     "ATLAS, vectors of low rank": Method(AtlasConfig, {}, {"init": 0.1}, dropout=False, composes=True, vector_rank=2),
-    "CONCRETE": Method(ConcreteConfig, {}, {"coefficients": 0.1, "granularity": "row"}, **MASKED),
+    "CONCRETE": Method(
+        ConcreteConfig,
+        {},
+        {"coefficients": 0.1, "granularity": "row"},
+        stored=(
+            {"eval_mask": "sample", "seed": 3},
+            {"eval_mask": "hard", "save_mask": "hard"},
+            {"save_mask": "bfloat16", "granularity": "column", "learn_coefficients": "task"},
+        ),
+        **MASKED,
+    ),
     "CONCRETE, directions of vectors of low rank": Method(
         ConcreteConfig,
         {"granularity": "rank"},

@@ -33,6 +33,18 @@ def run_python(script: str, *arguments: object, timeout: float = 300, **environm
     return result.stdout
 
 
+def peak_growth(script: str, *arguments: object) -> int:
+    """The bytes that a script prints as its growth, or a skip where the system does not tell the peak ("None").
+
+    The allocator gives everything back at once: else a peak is that of its own holes, which differ by tens of megabytes
+    from one run to the next.
+    """
+    printed = run_python(script, *arguments, MALLOC_MMAP_THRESHOLD_="65536").strip()
+    if printed == "None":
+        pytest.skip("this system does not tell the peak of a process")
+    return int(printed)
+
+
 def report_of_two(script: str, factory: pytest.TempPathFactory, **environment: str) -> tuple[Path, dict[str, Any]]:
     """A folder, and the report that a script of `tests/distributed` wrote there from two processes that torchrun starts.
 

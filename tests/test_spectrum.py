@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +65,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(["inspect", folder, "--spectrum", "--plot", "x.nothing"]) == 2
     assert "a picture ends in one of" in capsys.readouterr().err
     assert run(["inspect", str(tmp_path / "bogus"), "--spectrum"]) == 3
+
+
+def test_a_config_without_sizes_does_not_build_the_default_of_its_type(tmp_path: Path, capsys: Any) -> None:
+    MODELS["llama"].model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in ("model_type", "architectures")}))
+    assert run(["inspect", str(tmp_path), "--spectrum"]) == 3
+    assert re.search(r"makes a model of [\d,]+ parameters, and its files have [\d,]+\.", capsys.readouterr().err)

@@ -82,7 +82,8 @@ class AtlasConfig(PooledConfig):
         is_count = isinstance(self.partition, int) and not isinstance(self.partition, bool)
         if self.partition is not None and not (is_count and 1 <= self.partition <= MAX_PARTS):
             raise ValueError(f"partition={self.partition!r}: a number of parts from 1 to {MAX_PARTS} is expected.")
-        if any(isinstance(endings, str) for endings in self.tie_blocks or []):
+        ties = [] if self.tie_blocks is None else self.tie_blocks
+        if not (isinstance(ties, (list, tuple)) and all(isinstance(endings, (list, tuple)) for endings in ties)):
             raise ValueError(f"tie_blocks={self.tie_blocks!r}: a list of lists of endings is expected.")
         wrong = {name: n for name, n in self.fused_splits.items() if not isinstance(n, int) or n < 1}
         if wrong:

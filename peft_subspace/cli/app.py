@@ -226,7 +226,7 @@ def inspect(
     if spectrum and base is None and len(models) == 1 and (full := open_source(models[0]).full) is not None:
         from .spectra import show_weights
 
-        show_weights(full.path, plot, quiet)
+        show_weights(full, plot, quiet)
         if plot is not None:
             console.say(f"{plot}: drawn.", quiet)
         return

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..task_vectors.errors import InputError, OutputError
 
+if TYPE_CHECKING:
+    from ..task_vectors.sources import Checkpoint
 
-def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
+
+def show_weights(checkpoint: Checkpoint, plot: Path | None, quiet: bool) -> None:
     """Print r at 90 and 99 % of the squared norm for every linear layer, or convolution, of a model; draw them if asked.
 
     Raises:
-        InputError: transformers cannot load the folder.
+        InputError: transformers cannot load the folder, or its config is that of another model.
         OutputError: the picture cannot be written.
     """
     import transformers
@@ -23,9 +27,12 @@ def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
 
     from .exporting import class_of_model
 
+    folder = checkpoint.path
     transformers.utils.logging.set_verbosity_error()
     try:
-        model = getattr(transformers, class_of_model(folder)).from_pretrained(folder)
+        cls = getattr(transformers, class_of_model(str(folder)))
+        _check_size(checkpoint, cls)
+        model = cls.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from error
     spectra = _spectra(model)
@@ -36,6 +43,23 @@ def show_weights(folder: Any, plot: Path | None, quiet: bool) -> None:
             draw_spectrum(spectra, plot)
         except OSError as error:
             raise OutputError(f"{plot}: cannot be written: {error.strerror}.") from error
+
+
+def _check_size(checkpoint: Checkpoint, cls: Any) -> None:
+    """Refuse a config that says nothing of the sizes: transformers would fill up its default, of billions of parameters."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    make = getattr(cls, "_from_config", None) or cls.from_config
+    with torch.device("meta"):
+        built = sum(parameter.numel() for parameter in make(config).parameters())
+    held = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    if built > 2 * held:
+        raise InputError(
+            f"{checkpoint.path}: its config.json makes a model of {built:,} parameters, and its files have {held:,}. Get the "
+            f"config that the model was saved with."
+        )
 
 
 def _spectra(model: Any) -> Any:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .composition import Vector
 from .groups import Groups
-from .noise import odds
+from .noise import uniform
 
 CHUNK = 2**17  # values at a time: a few buffers of them fit into a core's caches, and calls cost little beside them
 KEPT = 2**24  # values of the scratch room that stays: 64 MB
@@ -48,7 +48,7 @@ class Mask:
         logits: x, flat; one for each entry of the tensor, or for each group.
         kind: "sample", "mean" or "hard".
         temperature: T of a sample.
-        stream: of a sample, what its noise belongs to; see `noise.odds`. Empty: torch's own generator, new each time.
+        stream: of a sample, what its noise belongs to; see `noise.uniform`. Empty: torch's own generator, new each time.
         portable: noise of the CPU and float64 in between, so that the values are the same on every device and for every cut.
         salt: of a sample, a number that its noise belongs to besides, on the device of the logits.
     """
@@ -70,19 +70,20 @@ class Mask:
         logits = logits.to(torch.float64 if self.portable and logits.device.type != "mps" else dtype)  # which has none
         if self.kind == "mean":
             return torch.sigmoid(logits).to(dtype)
-        # (1-u)/u * exp(-x) to the power 1/T, plus 1, inverted: the sigmoid without a logarithm of the noise
         if self.stream:
             device = torch.device("cpu") if self.portable else logits.device
-            value = odds(self.stream, start, stop, device, self.salt).to(logits.device, logits.dtype)
+            u = uniform(self.stream, start, stop, device, self.salt).to(logits.device, logits.dtype)
         else:
-            value = torch.rand_like(logits).clamp_(TINY, 1 - TINY).reciprocal_().sub_(1)
-        value.mul_(torch.sigmoid(logits).reciprocal_().sub_(1))  # exp(-x), and cheaper
+            u = torch.rand_like(logits).clamp_(TINY, 1 - TINY)
+        # (1-u)/u exp(-x) to the power 1/T, plus 1, inverted: the sigmoid without a logarithm of the noise, in few passes
+        odds = u.reciprocal_().sub_(1)
+        value = torch.addcdiv(odds, odds, torch.sigmoid(logits), value=-1, out=odds)  # minus odds exp(-x); an exp costs more
         power = 1 / self.temperature
         if power == 2:
-            value.mul_(value)
-        elif power != 1:
-            value.pow_(power)
-        return value.add_(1).reciprocal_().to(dtype)
+            value = torch.addcmul(value.new_ones(()), value, value, out=value)
+        else:
+            value = value.neg_().pow_(power).add_(1)
+        return value.reciprocal_().to(dtype)
 
     def sum(self, m: Tensor) -> Tensor:
         """The sum of values of this mask."""
@@ -126,12 +127,9 @@ class Masked:
     groups: Groups | None = None
     rescale: bool = True
 
-    def _delta(self, start: int, stop: int, like: Tensor, numbers: Sequence[Any] | None) -> Tensor:
-        """delta [start, stop), not to be written to; without numbers the one vector itself."""
-        found = [v.part(start, stop, like) for v in self.vectors if v is not None]
-        if numbers is None:
-            return found[0] if found else torch.zeros_like(like)
-        return weighted_sum([n for n, v in zip(numbers, self.vectors, strict=True) if v is not None], found, like)
+    def _parts(self, start: int, stop: int, like: Tensor) -> list[Tensor | None]:
+        """Every tau [start, stop), not to be written to."""
+        return [None if vector is None else vector.part(start, stop, like) for vector in self.vectors]
 
     def _numbers(self, like: Tensor) -> list[Tensor] | None:
         return None if self.coefficients is None else list(self.coefficients.to(like.device, like.dtype))
@@ -154,7 +152,7 @@ class Masked:
             m = self._entries(start, stop, per_group, flat)
             if per_group is None:
                 found += self.mask.sum(m)
-            torch.mul(m, self._delta(start, stop, part, numbers), out=part)
+            torch.mul(m, _delta(self._parts(start, stop, part), part, numbers), out=part)
         scale = self._scale(found / flat.numel() if per_group is None else _mean(per_group)).to(flat.dtype)
         for start, stop in _cuts(flat.numel()):
             flat[start:stop].add_(masked[start:stop].mul_(scale))
@@ -198,12 +196,13 @@ class Masked:
             g, m = flat[start:stop].to(like.dtype), self._entries(start, stop, values, like)
             if values is None:
                 mass += self.mask.sum(m)
+            parts = self._parts(start, stop, g)
             if coefficients:
-                products += self._products(start, stop, g * m)
+                products += _products(g * m, parts)
             if not logits:
                 continue
             out = pulled[start:stop] if self.groups is None else torch.empty_like(g)
-            torch.mul(g, self._delta(start, stop, g, numbers), out=out)
+            torch.mul(g, _delta(parts, g, numbers), out=out)
             s += torch.dot(out, m)
             if self.groups is None:
                 out.mul_(bell(m, out=bells[start:stop]))
@@ -215,11 +214,6 @@ class Masked:
         found = self._with_mean(pulled, bells, s, scale) if logits else None
         return found, (products * scale) if coefficients else None
 
-    def _products(self, start: int, stop: int, masked: Tensor) -> Tensor:
-        """<masked, tau_t> over the entries [start, stop), `[T]`, 0 for a vector that is not there."""
-        found = [masked.new_zeros(()) if v is None else torch.dot(masked, v.part(start, stop, masked)) for v in self.vectors]
-        return torch.stack(found)
-
     def _with_mean(self, pulled: Tensor, bells: Tensor, s: Tensor, scale: Tensor) -> Tensor:
         """(G delta / mu - s / (n mu^2)) dm/dx, in place of G delta m (1 - m); a group stands for n / groups entries."""
         if not self.rescale:
@@ -229,6 +223,20 @@ class Masked:
         for start, stop in _cuts(bells.numel()):
             pulled[start:stop].mul_(factor).addcmul_(bells[start:stop], shift)
         return pulled
+
+
+def _delta(parts: Sequence[Tensor | None], like: Tensor, numbers: Sequence[Tensor] | None) -> Tensor:
+    """delta of these parts, not to be written to; without numbers the one part itself."""
+    if numbers is None:
+        (part,) = parts
+        return torch.zeros_like(like) if part is None else part
+    pairs = [(number, part) for number, part in zip(numbers, parts, strict=True) if part is not None]
+    return weighted_sum([number for number, _ in pairs], [part for _, part in pairs], like)
+
+
+def _products(masked: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
+    """<masked, tau_t> over these parts, `[T]`, 0 for a vector that is not there."""
+    return torch.stack([masked.new_zeros(()) if part is None else torch.dot(masked, part) for part in parts])
 
 
 def _scratch(size: int, like: Tensor) -> Tensor:

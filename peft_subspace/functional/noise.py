@@ -57,8 +57,8 @@ def fingerprint(values: Tensor) -> Tensor:
     return head.view(torch.int64).sum() + tail.view(torch.uint8).sum(dtype=torch.int64)
 
 
-def odds(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, salt: Tensor | None = None) -> Tensor:
-    """(1 - u) / u for u uniform in (0, 1), float32 `[stop - start]`: exp of minus a logistic variable.
+def uniform(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, salt: Tensor | None = None) -> Tensor:
+    """u, uniform in (0, 1), float32 `[stop - start]`.
 
     Args:
         stream: what the numbers belong to, such as (seed, name of the parameter).
@@ -67,11 +67,12 @@ def odds(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, s
         device: on which they are made.
         salt: a number on the device that they belong to besides, without the host's having to know it.
 
-    u is (k + 1/2) / 2^16 for a uniform k of 16 bits: never 0 or 1, and fine enough for a mask, whose logistic variable reaches
-    from -11.8 to 11.8. On a CPU k comes from `draws`: the same on every machine and for every cut. On an accelerator k is a
-    hash of the position (see `groups.partition`), also the same for every cut; its numbers are others.
+    u is (k + 1/2) / 2^16 for a uniform k of 16 bits: never 0 or 1, exact in float32, and fine enough for a mask, whose logistic
+    variable ln(u / (1 - u)) reaches from -11.8 to 11.8. On a CPU k comes from `draws`: the same on every machine and for every
+    cut. On an accelerator k is a hash of the position (see `groups.partition`), also the same for every cut; its numbers are
+    others.
 
-    Cost: 1 ns a number on one core, half of it the generator; about 30 integer operations on an accelerator.
+    Cost: under 1 ns a number on one core, most of it the generator; about 30 integer operations on an accelerator.
     """
     if device.type == "cpu":
         parts = stream if salt is None else (*stream, int(salt))
@@ -79,7 +80,7 @@ def odds(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, s
         found = torch.from_numpy(bits.astype(np.float32))
     else:
         found = hashed_bits(stream, start, stop, device, salt).float()
-    return found.add_(0.5).reciprocal_().mul_(2.0**16).sub_(1.0)
+    return torch.add(found.new_tensor(2.0**-17), found, alpha=2.0**-16, out=found)
 
 
 def hashed_bits(stream: tuple[Any, ...], start: int, stop: int, device: torch.device, salt: Tensor | None = None) -> Tensor:

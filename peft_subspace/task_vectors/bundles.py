@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -20,12 +21,20 @@ from .sources import open_checkpoint, shortened
 if TYPE_CHECKING:
     from .task_vector import TaskVector
 
-FOLDER = "vectors"
+FOLDER, LONGEST = "vectors", 180
 
 
 def file_of(record: Mapping[str, Any]) -> str | None:
-    """Where a vector of an adapter is in the adapter's folder, `vectors/NAME.safetensors`; None if it is not bundled."""
-    return f"{FOLDER}/{quote(str(record['name']), safe=' ')}.safetensors" if record.get("bundle") else None
+    """Where a vector of an adapter is in the adapter's folder, `vectors/NAME.safetensors`; None if it is not bundled.
+
+    A name of over 180 characters, as they are escaped, ends in a hash instead: file systems have room for 255.
+    """
+    if not record.get("bundle"):
+        return None
+    name = quote(str(record["name"]), safe=" ")
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:16]}"
+    return f"{FOLDER}/{name}.safetensors"
 
 
 def write_bundle(folder: str | os.PathLike[str], record: dict[str, Any], vector: TaskVector, names: Collection[str]) -> None:

@@ -73,4 +73,5 @@ def test_pictures_come_in_batches_as_texts_do() -> None:
     assert first[0].flatten().tolist() == first[2].tolist() == [4, 3, 2]
     assert second[2].tolist() == [1, 0]
     chosen = few_shot.shots(found, 5, 1)
-    assert [int(picture) for picture in chosen.ids] == chosen.labels == [0, 1, 2, 3, 4]
+    (batch,) = chosen.batches(5)
+    assert batch[0].flatten().tolist() == batch[2].tolist() == [0, 1, 2, 3, 4]

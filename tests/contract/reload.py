@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     outputs = {}
     for adapter in sorted(folder.iterdir()):
-        name, dtype_name = adapter.name.split("|")
+        name, dtype_name, _ = adapter.name.split("|")
         pico, dtype = MODELS[name], getattr(torch, dtype_name)
         model = PeftModel.from_pretrained(pico.model(dtype), str(adapter))
         with torch.no_grad():

@@ -251,13 +251,13 @@ def test_an_error_inside_a_layer_leaves_nothing_behind(method: Method, name: str
 def test_a_new_process_computes_the_same_bits(method: Method, tmp_path: Path) -> None:
     """Train, save, load in another process, for every model and dtype. One process: importing PEFT costs seconds."""
     expected = {}
-    for name, pico in MODELS.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            key = f"{name}|{str(dtype).removeprefix('torch.')}"
-            model = get_peft_model(pico.model(dtype), config(method, pico))
-            train(model, pico.batch(dtype))
-            expected[key] = run(model, pico.batch(dtype)).contiguous()
-            model.save_pretrained(str(tmp_path / key))
+    wide: Any = [(name, dtype, {}) for name in MODELS for dtype in (torch.float32, torch.bfloat16)]
+    for number, (name, dtype, fields) in enumerate([*wide, *(("llama", torch.float32, fields) for fields in method.stored)]):
+        pico, key = MODELS[name], f"{name}|{str(dtype).removeprefix('torch.')}|{number}"
+        model = get_peft_model(pico.model(dtype), config(method, pico, **fields))
+        train(model, pico.batch(dtype))
+        expected[key] = run(model, pico.batch(dtype)).contiguous()
+        model.save_pretrained(str(tmp_path / key))
     script = Path(__file__).with_name("reload.py")
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
     found = load_file(tmp_path / "outputs.safetensors")
@@ -938,6 +938,23 @@ def test_bundled_vectors_stand_for_the_pool(method: Method, name: str, tmp_path:
     files["task1"].unlink()
     with pytest.raises(ValueError, match=r"'task1'.*no such folder or file.*was saved with vectors/task1\.safetensors"):
         PeftModel.from_pretrained(pico.model(), tmp_path / "adapter")
+
+
+def test_a_bundle_has_room_for_any_name(method: Method, tmp_path: Path) -> None:
+    """File systems take 255 characters; two long names that begin alike stay apart."""
+    if not method.composes:
+        pytest.skip("has no pool")
+    pico = MODELS["mlp"]
+    files = method.make(pico).pool.values()
+    pool = {"a/ü" * 100 + str(i): shutil.copy(path, tmp_path / f"{i}.safetensors") for i, path in enumerate(files)}
+    fields = {**method.fields, **pico.targets, "pool": pool, "init_weights": False, "bundle_vectors": True}
+    model: Any = get_peft_model(pico.model(), method.config(**fields)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = run(model, pico.batch())
+    for path in pool.values():
+        Path(path).unlink()
+    assert len(list((tmp_path / "adapter" / "vectors").iterdir())) == len(pool) > 1
+    assert torch.equal(run(PeftModel.from_pretrained(pico.model(), tmp_path / "adapter").eval(), pico.batch()), expected)
 
 
 def test_a_bundle_is_saved_over_a_damaged_one_and_left_out_where_it_is_not_wanted(method: Method, tmp_path: Path) -> None:

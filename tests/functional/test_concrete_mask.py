@@ -14,7 +14,7 @@ from peft_subspace.functional.bits import pack_bits, unpack_bits
 from peft_subspace.functional.composition import Dense, LowRank, combination
 from peft_subspace.functional.concrete_mask import Mask, Masked, concrete_sample, masked_sum
 from peft_subspace.functional.groups import Groups, groups_from
-from peft_subspace.functional.noise import fingerprint, hashed_bits, odds
+from peft_subspace.functional.noise import fingerprint, hashed_bits, uniform
 
 SHAPE = (6, 10)
 CPU = torch.device("cpu")
@@ -39,16 +39,16 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_noise_belongs_to_positions() -> None:
-    whole = odds((0, "w", 1), 0, 1001, CPU)
+    whole = uniform((0, "w", 1), 0, 1001, CPU)
     for start, stop in ((0, 1), (12, 13), (500, 1001), (4, 999)):
-        assert torch.equal(odds((0, "w", 1), start, stop, CPU), whole[start:stop])
+        assert torch.equal(uniform((0, "w", 1), start, stop, CPU), whole[start:stop])
     for stream in ((1, "w", 1), (0, "v", 1), (0, "w", 2)):
-        assert not torch.equal(odds(stream, 0, 1001, CPU), whole)
+        assert not torch.equal(uniform(stream, 0, 1001, CPU), whole)
 
 
 def test_noise_is_the_same_everywhere() -> None:
     """Stored: numpy keeps the stream of PCG64DXSM, and the key is a SHA-256."""
-    u = 1 / (1 + odds((0, "layer.weight", 3), 0, 4, CPU).double())
+    u = uniform((0, "layer.weight", 3), 0, 4, CPU).double()
     stored = [0.2114791902, 0.6197433493, 0.9150619427, 0.2991256735]
     torch.testing.assert_close(u, torch.tensor(stored, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
@@ -59,7 +59,7 @@ def test_noise_is_uniform(of_accelerators: bool, salt: Any) -> None:
     if of_accelerators:
         u = ((hashed_bits((0, "w", 1), 0, 100_000, CPU, salt) + 0.5) / 2**16).sort().values
     else:
-        u = (1 / (1 + odds((0, "w", 1), 0, 100_000, CPU, salt))).sort().values
+        u = uniform((0, "w", 1), 0, 100_000, CPU, salt).sort().values
     distance = (u - torch.linspace(0, 1, 100_000)).abs().max()
     assert distance < 1.63 / math.sqrt(100_000), "Kolmogorov and Smirnov's test at 1 %"
     assert bool((u > 0).all() and (u < 1).all())
@@ -87,7 +87,7 @@ def test_a_fingerprint_is_another_one_after_the_smallest_change(dtype: torch.dty
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 2.0])
 def test_a_sample_is_the_binary_concrete_variable(temperature: float) -> None:
     logits = torch.randn(1000, dtype=torch.float64)
-    u = 1 / (1 + odds((7, "w", 0), 0, 1000, CPU).double())
+    u = uniform((7, "w", 0), 0, 1000, CPU).double()
     found = Mask(logits, "sample", temperature, (7, "w", 0)).values()
     torch.testing.assert_close(found, concrete_sample(logits, u, temperature), rtol=1e-5, atol=1e-12)
 
@@ -133,7 +133,7 @@ def test_values_and_gradients_are_those_of_the_definition(kind: Any, grouped: bo
     mask = Mask(logits.detach(), kind, 0.5, (0, "w", 2))
 
     if kind == "sample":
-        u = 1 / (1 + odds((0, "w", 2), 0, logits.numel(), CPU).double())
+        u = uniform((0, "w", 2), 0, logits.numel(), CPU).double()
         m = concrete_sample(logits, u, 0.5)
     else:
         m = torch.sigmoid(logits) if kind == "mean" else (logits >= 0).double()
