@@ -79,6 +79,7 @@ METHODS = {
         stored=(
             {"granularity": "partition", "partition": 3, "partition_seed": 2},
             {"granularity": "task"},
+            {"granularity": "row", "constraint": "softmax"},
             {"tie_blocks": [["q_proj.weight", "o_proj.weight"]]},
         ),
     ),

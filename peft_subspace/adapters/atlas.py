@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..base import Delta, Geometry
 from ..base.delta import Weight
 from ..functional import composition
-from ..functional.composition import LowRank, Vector
+from ..functional.composition import CONSTRAINTS, Constraint, LowRank, Vector
 from ..functional.groups import MAX_PARTS, Groups, along_axis, groups_from
 from ..registration import register
 from .blocks import OpenedPool
@@ -45,7 +45,9 @@ class AtlasConfig(PooledConfig):
         init: start value of the coefficients, or name of a vector -> value (0 for the others). 0.3 is task arithmetic.
         selected: name of a parameter -> names of the vectors that it is composed of; all, where it says nothing. Others are not
             read there and their coefficients stay at zero. `training.selection.select_vectors` makes it from gradients.
-        nonnegative: keep coefficients at or above zero (a negative one counts as zero and gets no gradient).
+        constraint: None; "nonnegative" (a negative coefficient counts as zero and gets no gradient); or "softmax" (of what is
+            trained, over the vectors: the coefficients of a block are shares of one; with `init=0` each is 1 / T, so that a new
+            adapter is the average of the vectors instead of the base).
         pool, base, exclude_pool, block_types, vector_dtype, placement, max_vector_bytes, strict, provenance: of `PooledConfig`.
             In the leave-one-out protocol `exclude_pool` has the target task's own vector.
     """
@@ -62,11 +64,12 @@ class AtlasConfig(PooledConfig):
     fused_splits: dict[str, int] = field(default_factory=dict, metadata={"help": "Ending of a name -> parts of its rows."})
     init: float | dict[str, float] = field(default=0.0, metadata={"help": "Start value of the coefficients."})
     selected: dict[str, list[str]] | None = field(default=None, metadata={"help": "Parameter -> vectors that it is made of."})
-    nonnegative: bool = field(default=False, metadata={"help": "Keep coefficients at or above zero."})
+    constraint: Literal["nonnegative", "softmax"] | None = field(default=None, metadata={"help": "On the coefficients."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice("granularity", GRANULARITIES)
+        self.check_choice("constraint", (None, *CONSTRAINTS))
         starts = self.init.values() if isinstance(self.init, dict) else [self.init]
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in starts):
             raise ValueError(f"init={self.init!r}: a finite number, or a table of them by name, is expected.")
@@ -94,6 +97,8 @@ class AtlasConfig(PooledConfig):
             raise ValueError(
                 "selected: blocks that share coefficients (granularity='task', tie_blocks) share their vectors too."
             )
+        if self.selected is not None and self.constraint == "softmax":
+            raise ValueError("selected: with constraint='softmax' a vector that is left out would keep its share of one.")
         self.check_in_pool(self.init if isinstance(self.init, dict) else ())
         self.check_in_pool(name for names in (self.selected or {}).values() for name in names)
 
@@ -144,7 +149,7 @@ class AtlasDelta(Delta):
     def __init__(self, geometry: Geometry, config: Any) -> None:
         super().__init__(geometry, config)
         self.names: list[str] = config.vector_names
-        self.nonnegative: bool = config.nonnegative
+        self.constraint: Constraint | None = config.constraint
         self.spec = groups_of(geometry, config)
         shape = geometry.native(torch.empty(geometry.shape, device="meta")).shape
         self.groups = None if self.spec is None else groups_from(self.spec, shape, keep=True)
@@ -188,8 +193,7 @@ class AtlasDelta(Delta):
 
     def values(self) -> Tensor:
         """lambda, `[T]` or `[T, K]`, with the constraint."""
-        (coefficients,) = self.trained
-        return coefficients.clamp_min(0) if self.nonnegative else coefficients
+        return composition.constrained(self.trained[0], self.constraint)
 
     def file_entry(self, places: Mapping[Any, str]) -> dict[str, Any]:
         """Where the file has this block's coefficients; see `PooledModel`."""
@@ -227,9 +231,7 @@ class AtlasDelta(Delta):
 
     def pull_back(self) -> Callable[[Tensor], Sequence[Tensor | None]]:
         """dL/dlambda[t] = <G, tau_t>; see `functional.composition.inner_products`."""
-        (coefficients,) = self.trained
-        open_ = (coefficients.detach() >= 0) if self.nonnegative else None
-        return partial(_inner_products, self._loaded(), self.groups, open_, coefficients.dtype)
+        return partial(_pulled, self._loaded(), self.groups, self.trained[0], self.values())
 
     def forward(self, x: Tensor, y0: Tensor, out: Tensor) -> Tensor:
         """out + B (lambda * (A x)) with the stacked factors of all vectors.
@@ -262,6 +264,11 @@ class AtlasDelta(Delta):
     def combine(cls, deltas: list[AtlasDelta], weights: list[float]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """lambda = sum_a w_a lambda_a, for adapters with the same vectors and granularity. Exact."""
         first = deltas[0]
+        if first.constraint == "softmax":
+            raise ValueError(
+                "a weighted sum of coefficients under constraint='softmax' is no softmax. Activate the adapters together, "
+                "which adds them up, or write each with save_task_vector and merge the files."
+            )
         alike = all(d.names == first.names and d.values().shape == first.values().shape for d in deltas)
         if not alike or any(a is not b for d in deltas for a, b in zip(d._loaded(), first._loaded(), strict=True)):
             raise ValueError(
@@ -270,16 +277,18 @@ class AtlasDelta(Delta):
             )
         total = sum(weight * delta.values().double() for delta, weight in zip(deltas, weights, strict=True))
         assert isinstance(total, Tensor)
-        if first.nonnegative and bool((total < 0).any()):
-            raise ValueError("the sum has negative coefficients, which nonnegative=True does not allow.")
+        if first.constraint == "nonnegative" and bool((total < 0).any()):
+            raise ValueError("the sum has negative coefficients, which constraint='nonnegative' does not allow.")
         return {}, {"coefficients": total} if "leader" not in first.__dict__ else {}
 
 
-def _inner_products(
-    vectors: list[Vector | None], groups: Groups | None, open_: Tensor | None, dtype: torch.dtype, grad: Tensor
-) -> tuple[Tensor]:
-    found = composition.inner_products(grad, vectors, groups).to(dtype)
-    return (found if open_ is None else found * open_,)
+def _pulled(
+    vectors: list[Vector | None], groups: Groups | None, coefficients: Tensor, values: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    found = composition.inner_products(grad, vectors, groups).to(coefficients.dtype)
+    if values is coefficients:
+        return (found,)
+    return torch.autograd.grad(values, coefficients, found, retain_graph=True)  # of the constraint: T numbers, or T K
 
 
 class AtlasModel(PooledModel):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from .groups import Groups
 from .low_rank import plain_backward
 
 CHUNK = 2**19  # values at a time: few calls, and what is converted to float32 for one of them stays near the core
+
+Constraint = Literal["nonnegative", "softmax"]
+CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 
 PullBack = Callable[[Tensor], Sequence[Tensor | None]]
 
@@ -85,6 +88,13 @@ class LowRank:
 
     def __deepcopy__(self, memo: Any) -> LowRank:
         return self
+
+
+def constrained(numbers: Tensor, constraint: Constraint | None) -> Tensor:
+    """lambda of what is trained, `[T]` or `[T, K]`: max(c, 0), or the softmax over the T vectors."""
+    if constraint == "nonnegative":
+        return numbers.clamp_min(0)
+    return torch.softmax(numbers, 0) if constraint == "softmax" else numbers
 
 
 def stacked(vectors: Sequence[Vector | None], like: Tensor) -> tuple[Tensor, Tensor, list[int]]:

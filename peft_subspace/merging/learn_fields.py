@@ -21,11 +21,9 @@ TYPES: dict[str, tuple[Any, str]] = {
     "temperature": (float, "a number"),
     **dict.fromkeys(("max_vector_bytes", "partition"), (int | None, "a whole number")),
     "partition_seed": (int, "a whole number"),
-    **dict.fromkeys(
-        ("strict", "bundle_vectors", "nonnegative", "clamp_coefficients", "rescale", "stochastic"), (bool, "true or false")
-    ),
+    **dict.fromkeys(("strict", "bundle_vectors", "clamp_coefficients", "rescale", "stochastic"), (bool, "true or false")),
     **dict.fromkeys(("granularity", "vector_dtype", "placement", "eval_mask", "save_mask"), (str, "a text")),
-    "learn_coefficients": (str | None, "a text"),
+    **dict.fromkeys(("learn_coefficients", "constraint"), (str | None, "a text")),
 }
 
 

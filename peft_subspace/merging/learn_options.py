@@ -31,7 +31,7 @@ _POOLED = (
     "max_vector_bytes", "strict", "bundle_vectors",
 )  # fmt: skip
 CONFIGS = {
-    "atlas": (*_POOLED, "partition", "partition_seed", "tie_blocks", "fused_splits", "selected", "nonnegative"),
+    "atlas": (*_POOLED, "partition", "partition_seed", "tie_blocks", "fused_splits", "selected", "constraint"),
     "concrete": (
         *_POOLED, "temperature", "coefficients", "learn_coefficients", "clamp_coefficients", "rescale", "stochastic",
         "eval_mask", "save_mask",

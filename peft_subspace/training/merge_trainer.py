@@ -33,7 +33,7 @@ from .tasks import Stream, Task
 # of a config, what a run that goes on must share with the one before, besides the hashes of its vectors
 CONFIG_FIELDS = (
     "granularity", "temperature", "init", "coefficients", "learn_coefficients", "clamp_coefficients", "rescale", "stochastic",
-    "eval_mask", "save_mask", "seed", "nonnegative",
+    "eval_mask", "save_mask", "seed", "constraint",
 )  # fmt: skip
 
 

@@ -94,18 +94,24 @@ KINDS = {
     **{name: MODELS[name] for name in ("mha", "gpt2", "vit", "t5")},
     "norms": NORMS,
 }
+CONSTRAINED: dict[str | None, Any] = {
+    None: lambda numbers: numbers,
+    "nonnegative": torch.relu,
+    "softmax": lambda numbers: numbers.exp() / numbers.exp().sum(0),
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_gradients_are_those_of_functional_call(name: str) -> None:
+@pytest.mark.parametrize("constraint", CONSTRAINED)
+def test_gradients_are_those_of_functional_call(constraint: Any, name: str) -> None:
     """For every kind of block, float32: sum over T of products in another order, hence 1e-5 of the largest."""
     pico = KINDS[name]
-    model, batch = adapt(pico)
+    model, batch = adapt(pico, constraint=constraint)
     own = deltas(model)
     assert set(own) == {name for name, _ in pico.model().named_parameters()}
     leaves = {name: delta.coefficients.detach().clone().requires_grad_() for name, delta in own.items()}
     base = pico.model()
-    state = composed_state(pico, model, leaves)
+    state = composed_state(pico, model, {name: CONSTRAINED[constraint](leaf) for name, leaf in leaves.items()})
     expected = output(lambda **inputs: torch.func.functional_call(base, state, (), inputs), batch)  # type: ignore[arg-type]
     found = output(model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -232,6 +238,20 @@ def test_export_to_lora_is_exact_where_all_vectors_have_low_rank(tmp_path: Path)
     torch.testing.assert_close(run(plain, batch), run(model, batch), rtol=1e-4, atol=1e-5)
 
 
+def test_softmax_shares_one_among_the_vectors(tmp_path: Path) -> None:
+    """A new adapter is the average; the sum of two is none."""
+    pico = MODELS["llama"]
+    model, batch = adapt(pico, constraint="softmax", init_weights=True)
+    average, _ = adapt(pico, init=0.5, init_weights=True)
+    torch.testing.assert_close(run(model, batch), run(average, batch))
+    train(model, batch)
+    for values in model.base_model.coefficients().values():
+        torch.testing.assert_close(values.sum(0), torch.tensor(1.0))
+    model.add_adapter("other", AtlasConfig(pool=pool_of(pico), constraint="softmax"))
+    with pytest.raises(ValueError, match="under constraint='softmax' is no softmax"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+
+
 # What shares coefficients ------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +349,7 @@ def test_options() -> None:
 
 
 def test_nonnegative_coefficients_are_not_crossed() -> None:
-    model, batch = adapt("mlp", nonnegative=True, init=-0.1, init_weights=True)
+    model, batch = adapt("mlp", constraint="nonnegative", init=-0.1, init_weights=True)
     base = run(MODELS["mlp"].model(), batch)
     assert torch.equal(run(model, batch), base)
     loss(model, batch).backward()
@@ -871,6 +891,8 @@ def test_a_base_made_in_inference_mode() -> None:
         ({"granularity": "partition", "partition": 2.5}, r"partition=2\.5"),
         ({"granularity": "partition", "partition": True}, "partition=True"),
         ({"tie_blocks": ["weight", "bias"]}, "a list of lists of endings"),
+        ({"constraint": "positive"}, r"constraint='positive'.*'nonnegative', 'softmax'"),
+        ({"constraint": "softmax", "selected": {}}, "would keep its share of one"),
         ({"tie_blocks": True}, "tie_blocks=True: a list of lists of endings"),
         ({"max_vector_bytes": "1GB"}, "max_vector_bytes='1GB'"),
     ],

@@ -12,6 +12,7 @@ from peft_subspace.task_vectors.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from peft_subspace.functional.composition import Constraint
     from peft_subspace.functional.groups import Groups
     from peft_subspace.merging.learned import Learned
     from peft_subspace.task_vectors.headers import TensorHeader
@@ -43,13 +44,13 @@ class SavedCoefficients:
         header: where they are, `[T]` or `[T, K]`.
         shape: of the tensor that they compose, in the file's layout.
         groups: what the adapter's config says about pi; None for one coefficient a vector.
-        nonnegative: whether a negative one counts as zero.
+        constraint: of the adapter's config.
     """
 
     header: TensorHeader
     shape: tuple[int, ...]
     groups: Mapping[str, Any] | None
-    nonnegative: bool
+    constraint: Constraint | None
 
     @property
     def headers(self) -> tuple[TensorHeader, ...]:
@@ -63,13 +64,14 @@ class SavedCoefficients:
 
     def open(self) -> Coefficients:
         """Read them: T K numbers."""
+        from peft_subspace.functional.composition import constrained
         from peft_subspace.functional.groups import groups_from
         from peft_subspace.task_vectors.reading import read_tensor
 
         values = read_tensor(self.header).float()
         if not bool(values.isfinite().all()):
             raise InputError(f"{self.header.path}: {self.header.name!r} has coefficients that are not finite.")
-        values = values.clamp_min(0) if self.nonnegative else values
+        values = constrained(values, self.constraint)
         return Coefficients(values, None if self.groups is None else groups_from(self.groups, self.shape))
 
 
@@ -82,7 +84,7 @@ def saved_coefficients(learned: Learned, block: Mapping[str, Any], base: TensorH
             f"{learned.checkpoint.name}: {header.name!r} is {list(header.shape)}, and {list(expected)} is expected, "
             f"one row for each task vector. Save the adapter again."
         )
-    return SavedCoefficients(header, base.shape, groups, bool(learned.config.get("nonnegative")))
+    return SavedCoefficients(header, base.shape, groups, learned.config.get("constraint"))
 
 
 def merge(inputs: Inputs) -> Tensor:
