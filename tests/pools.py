@@ -47,6 +47,16 @@ def vector_of(model: nn.Module, seed: int, rank: int | None = None, scale: float
     return tensors
 
 
+def fine_tuned(pico: Pico, seed: int = 1) -> nn.Module:
+    """The base of a pico model and a tenth of it, at random: a whole model as fine-tuning leaves it, only further away."""
+    model, generator = pico.model(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.1 * parameter.norm() / noise.norm() + 0.01))
+    return model
+
+
 @functools.cache
 def pool_of(pico: Pico, rank: int | None = None, count: int = 2) -> dict[str, str]:
     """Name -> file, for a pico model."""

@@ -8,7 +8,6 @@ official code, `fredzzhang/atlas`; the paper's tables could not be read. What di
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from ..functional.composition import CONSTRAINTS, Constraint, LowRank, Vector
 from ..functional.groups import MAX_PARTS, Groups, along_axis, groups_from
 from ..registration import register
 from .blocks import OpenedPool
-from .pooled import PooledConfig, PooledModel, add_directions
+from .pooled import PooledConfig, PooledModel, add_directions, is_integer, is_number, is_texts
 
 GRANULARITIES = ("task", "block", "row", "column", "partition")
 
@@ -71,8 +70,7 @@ class AtlasConfig(PooledConfig):
         self.check_choice("granularity", GRANULARITIES)
         self.check_choice("constraint", (None, *CONSTRAINTS))
         starts = self.init.values() if isinstance(self.init, dict) else [self.init]
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in starts):
-            raise ValueError(f"init={self.init!r}: a finite number, or a table of them by name, is expected.")
+        self.check_kind("init", all(map(is_number, starts)), "a finite number, or a table of them by name,")
         self._check_groups()
         self._check_names()
 
@@ -82,17 +80,19 @@ class AtlasConfig(PooledConfig):
                 f"partition={self.partition!r} with granularity={self.granularity!r}: the number of parts goes with "
                 f"granularity='partition', and with no other."
             )
-        is_count = isinstance(self.partition, int) and not isinstance(self.partition, bool)
-        if self.partition is not None and not (is_count and 1 <= self.partition <= MAX_PARTS):
-            raise ValueError(f"partition={self.partition!r}: a number of parts from 1 to {MAX_PARTS} is expected.")
-        ties = [] if self.tie_blocks is None else self.tie_blocks
-        if not (isinstance(ties, (list, tuple)) and all(isinstance(endings, (list, tuple)) for endings in ties)):
-            raise ValueError(f"tie_blocks={self.tie_blocks!r}: a list of lists of endings is expected.")
-        wrong = {name: n for name, n in self.fused_splits.items() if not isinstance(n, int) or n < 1}
-        if wrong:
-            raise ValueError(f"fused_splits={wrong!r}: a positive number of parts is expected for each ending.")
+        parts, ties, splits = self.partition, self.tie_blocks or [], self.fused_splits
+        fits = parts is None or (is_integer(parts) and 1 <= parts <= MAX_PARTS)
+        self.check_kind("partition", fits, f"a number of parts from 1 to {MAX_PARTS}")
+        self.check_kind("partition_seed", is_integer(self.partition_seed), "a whole number")
+        fits = isinstance(ties, (list, tuple)) and all(map(is_texts, ties))
+        self.check_kind("tie_blocks", fits, "a list of lists of endings")
+        fits = isinstance(splits, dict) and is_texts([*splits]) and all(is_integer(n) and n > 0 for n in splits.values())
+        self.check_kind("fused_splits", fits, "a table of a positive number of parts for each ending")
 
     def _check_names(self) -> None:
+        chosen = {} if self.selected is None else self.selected
+        fits = isinstance(chosen, dict) and is_texts([*chosen]) and all(map(is_texts, chosen.values()))
+        self.check_kind("selected", fits, "a table of the names of vectors for each parameter")
         if self.selected is not None and (self.granularity == "task" or self.tie_blocks):
             raise ValueError(
                 "selected: blocks that share coefficients (granularity='task', tie_blocks) share their vectors too."
@@ -100,7 +100,9 @@ class AtlasConfig(PooledConfig):
         if self.selected is not None and self.constraint == "softmax":
             raise ValueError("selected: with constraint='softmax' a vector that is left out would keep its share of one.")
         self.check_in_pool(self.init if isinstance(self.init, dict) else ())
-        self.check_in_pool(name for names in (self.selected or {}).values() for name in names)
+        self.check_in_pool(name for names in chosen.values() for name in names)
+        if self.constraint == "softmax" and len(self.vector_names) == 1:
+            raise ValueError(f"constraint='softmax': the share of {self.vector_names[0]!r} alone would always be one.")
 
     def start(self, count: int) -> list[float]:
         """Start value of every vector's coefficients."""
@@ -191,6 +193,10 @@ class AtlasDelta(Delta):
         owner = self.__dict__.get("leader", self)
         return (owner.coefficients,)
 
+    def as_plain_sum(self) -> list[float] | None:
+        values = self.values().detach().flatten(1) if self.groups is not None else self.values().detach()[:, None]
+        return values[:, 0].tolist() if bool((values == values[:, :1]).all()) else None
+
     def values(self) -> Tensor:
         """lambda, `[T]` or `[T, K]`, with the constraint."""
         return composition.constrained(self.trained[0], self.constraint)
@@ -231,7 +237,9 @@ class AtlasDelta(Delta):
 
     def pull_back(self) -> Callable[[Tensor], Sequence[Tensor | None]]:
         """dL/dlambda[t] = <G, tau_t>; see `functional.composition.inner_products`."""
-        return partial(_pulled, self._loaded(), self.groups, self.trained[0], self.values())
+        numbers = self.trained[0].detach()
+        numbers = numbers.clone() if self.constraint else numbers  # which an optimizer may change before backward
+        return partial(_pulled, self._loaded(), self.groups, numbers, self.constraint)
 
     def forward(self, x: Tensor, y0: Tensor, out: Tensor) -> Tensor:
         """out + B (lambda * (A x)) with the stacked factors of all vectors.
@@ -283,12 +291,10 @@ class AtlasDelta(Delta):
 
 
 def _pulled(
-    vectors: list[Vector | None], groups: Groups | None, coefficients: Tensor, values: Tensor, grad: Tensor
-) -> tuple[Tensor, ...]:
-    found = composition.inner_products(grad, vectors, groups).to(coefficients.dtype)
-    if values is coefficients:
-        return (found,)
-    return torch.autograd.grad(values, coefficients, found, retain_graph=True)  # of the constraint: T numbers, or T K
+    vectors: list[Vector | None], groups: Groups | None, numbers: Tensor, constraint: Constraint | None, grad: Tensor
+) -> tuple[Tensor]:
+    found = composition.inner_products(grad, vectors, groups).to(numbers.dtype)
+    return (composition.through_constraint(found, numbers, constraint),)
 
 
 class AtlasModel(PooledModel):
@@ -299,7 +305,7 @@ class AtlasModel(PooledModel):
 
     def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """Name of every block -> its coefficients `[T]` or `[T, K]`, detached; rows in the order of `config.vector_names`."""
-        return {delta.block: delta.values().detach() for delta in self.deltas(adapter_name)}
+        return {delta.block: delta.values().detach().clone() for delta in self.deltas(adapter_name)}
 
     def coefficient_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer groups: the coefficients with a rate of their own, then whatever else is trained.

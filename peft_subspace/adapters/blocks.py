@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..base.geometry import Geometry, describe, describe_all, is_quantized
+from ..base.geometry import Geometry, describe, describe_all
 from ..base.holders import has_children
 from ..base.targets import base_parameters, exact_targets
 from ..task_vectors.bundles import check_bundle, lost_files
 from ..task_vectors.errors import InputError, sentence
 from ..task_vectors.pool import DTYPES, Entry, Pool, open_pool
-from ..task_vectors.provenance import check_records, same_value, value_of
+from ..task_vectors.provenance import check_records
 from ..task_vectors.sources import shortened
+from .same_base import check_base, check_pools_base
 
 BLOCK_TYPES = ("linear", "conv", "embedding", "norm", "bias", "other")
-SAMPLES = 64
 CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -109,7 +109,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     else:
         entries = _as_recorded(config.provenance["vectors"], entries, bundled)
     if config.strict:
-        _check_pools_base(entries, model)
+        check_pools_base(entries, model, looks=not config.is_from_file)
     for tied in first.values():  # files know a tied tensor by one of its names, and not all by the same
         for entry in entries:
             theirs = next((entry.names[name] for name in tied if name in entry.names), None)
@@ -185,8 +185,8 @@ def chosen_blocks(config: Any, model: nn.Module, targets: dict[str, dict[str, Ge
     """Drop what the pool does not change from the targets, and note the blocks; all that can go wrong is said here.
 
     Raises:
-        ValueError: nothing is left, the vectors take more memory than allowed, or the base is not the one that the
-            coefficients were learned on.
+        ValueError: nothing is left, the config names parameters that are not there, the vectors take more memory than
+            allowed, or the base is not the one that the coefficients were learned on.
     """
     opened: OpenedPool = config.opened
     before = len(targets)
@@ -203,11 +203,25 @@ def chosen_blocks(config: Any, model: nn.Module, targets: dict[str, dict[str, Ge
             f"The task vectors {', '.join(opened.pool.names)} change none of the targeted parameters of kinds "
             f"{config.block_types}."
         )
+    _check_names(config, opened)
     _check_ties(config, opened)
     if len(targets) < before:
         _narrow(config, model, set(targets))
     _check_size(config, opened)
-    _check_base(config, model, opened)
+    check_base(config, model, opened)
+
+
+def _check_names(config: Any, opened: OpenedPool) -> None:
+    """Names and endings of parameters that a config has, and that fit none, are slips."""
+    known = opened.blocks | {opened.source_of(block) for block in opened.blocks}
+    unknown = sorted(set(getattr(config, "selected", None) or {}) - known)
+    endings = [*(e for group in getattr(config, "tie_blocks", None) or [] for e in group), *getattr(config, "fused_splits", {})]
+    unknown += [ending for ending in endings if not any(f".{name}".endswith(f".{ending}") for name in known)]
+    if unknown:
+        raise ValueError(
+            f"{shortened(unknown)}: selected, tie_blocks or fused_splits has it, and no parameter that is composed has that "
+            f"name or ending. They are {shortened(sorted(known))}."
+        )
 
 
 def _check_ties(config: Any, opened: OpenedPool) -> None:
@@ -245,50 +259,3 @@ def _check_size(config: Any, opened: OpenedPool) -> None:
             f"max_vector_bytes={config.max_vector_bytes:,}. Use placement='disk' (for dense vectors), a narrower vector_dtype, "
             f"fewer vectors (exclude_pool; selected, for each block) or fewer block_types."
         )
-
-
-# The base ----------------------------------------------------------------------------------------------------------------
-
-
-def _check_base(config: Any, model: nn.Module, opened: OpenedPool) -> None:
-    """Coefficients belong to one base. Up to 64 of its values are kept; in another dtype they may differ by a rounding."""
-    parameters = {name: p for name, module, own, p in base_parameters(model) if own != "weight" or not is_quantized(module)}
-    names = sorted(opened.blocks & set(parameters))
-    names = names[:: -(-len(names) // SAMPLES)] if names else []
-    if any(parameters[name].is_meta for name in names):
-        return
-    found = {name: _sample(parameters[name]) for name in names}
-    expected = config.provenance.get("base")
-    if expected is None:
-        dtypes = sorted({dtype for _, dtype in found.values()})
-        config.provenance["base"] = {"values": {n: v for n, (v, _) in found.items()}, "dtypes": dtypes}
-        return
-    kept = expected["values"]
-    wrong = [n for n, pair in found.items() if n in kept and not same_value(*pair, kept[n], expected["dtypes"])]
-    if wrong:
-        raise InputError(
-            f"{type(model).__name__} is not the base that the coefficients were learned on: the values of {shortened(wrong)} "
-            f"are others. Load the adapter onto its own base; to use its coefficients on this one, set "
-            f"config.provenance['base'] = None."
-        )
-
-
-def _check_pools_base(entries: list[Entry], model: nn.Module) -> None:
-    """A difference from a base means something on that base; up to 64 values of each base file are compared."""
-    parameters = {name: p for name, module, own, p in base_parameters(model) if own != "weight" or not is_quantized(module)}
-    for entry in entries:
-        names = [name for name in entry.names if name in parameters and not parameters[name].is_meta and entry.vector.base]
-        for name in names[:: max(1, -(-len(names) // SAMPLES))]:
-            header, (value, dtype) = entry.vector.base[entry.names[name]], _sample(parameters[name])
-            kept, own = value_of(header)
-            if header.count == parameters[name].numel() and not same_value(value, dtype, kept, [own]):
-                raise InputError(
-                    f"The task vector {entry.name!r} is a difference from {entry.vector.base_name}, and {name!r} is another "
-                    f"in the model that the adapter is put on. Load the model from there, give the vector's own base, or set "
-                    f"strict=False to compose it on this one all the same."
-                )
-
-
-def _sample(parameter: Tensor) -> tuple[float, str]:
-    value = float(parameter.detach().reshape(-1)[parameter.numel() // 2])
-    return value, str(parameter.dtype).removeprefix("torch.")

@@ -28,9 +28,10 @@ from ..functional.concrete_mask import Mask, Masked, add_weighted, masked_sum
 from ..functional.groups import along_axis, groups_from
 from ..functional.noise import fingerprint
 from ..registration import register
+from ..task_vectors.bundles import file_name
 from ..task_vectors.pool import DTYPES
 from .blocks import OpenedPool
-from .pooled import PooledConfig, PooledModel, add_directions, save_task_vector_file
+from .pooled import PooledConfig, PooledModel, add_directions, is_integer, is_number, save_task_vector_file
 
 GRANULARITIES = ("element", "row", "column", "rank")
 EVAL_MASKS = ("mean", "sample", "hard")
@@ -87,15 +88,14 @@ class ConcreteConfig(PooledConfig):
         self.check_choice("eval_mask", EVAL_MASKS)
         self.check_choice("save_mask", SAVED_MASKS)
         self.check_choice("learn_coefficients", (None, "task", "layer"))
-        if not (_is_number(self.temperature) and self.temperature > 0):
+        if not (is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature!r} must be a positive number; the paper has 0.5.")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed={self.seed!r}: an integer is expected.")
-        if not _is_number(self.init):
-            raise ValueError(f"init={self.init!r}: a finite number is expected.")
+        self.check_kind("seed", is_integer(self.seed), "an integer")
+        self.check_kind("init", is_number(self.init), "a finite number")
         starts = self.coefficients.values() if isinstance(self.coefficients, dict) else [self.coefficients]
-        if not all(map(_is_number, starts)):
-            raise ValueError(f"coefficients={self.coefficients!r}: a finite number, or a table of them by name, is expected.")
+        self.check_kind("coefficients", all(map(is_number, starts)), "a finite number, or a table of them by name,")
+        for name in ("clamp_coefficients", "rescale", "stochastic", "train_mask"):
+            self.check_kind(name, isinstance(getattr(self, name), bool), "True or False")
         self.check_in_pool(self.coefficients if isinstance(self.coefficients, dict) else ())
         if self.save_mask == "hard" and self.eval_mask != "hard":
             raise ValueError(
@@ -112,10 +112,6 @@ class ConcreteConfig(PooledConfig):
     def has_bits(self) -> bool:
         """Whether an adapter of this config comes with a packed mask instead of logits."""
         return self.is_from_file and self.save_mask == "hard"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class ConcreteDelta(Delta):
@@ -237,6 +233,16 @@ class ConcreteDelta(Delta):
         coefficients = self.trained[1]
         learned = isinstance(coefficients, nn.Parameter)
         return coefficients.clamp(0, 1) if learned and self.config.clamp_coefficients else coefficients
+
+    def as_plain_sum(self) -> list[float] | None:
+        """With equal logits, whose mask is 1 once it is divided by its mean; one that lets nothing through is 0."""
+        if self.config.eval_mask == "sample" or not self.config.rescale:
+            return None
+        logits = self.flat_logits()
+        if bool((logits != logits[:1]).any()):
+            return None
+        closed = self.config.eval_mask == "hard" and bool((logits < 0).any())
+        return [0.0 if closed else value for value in self.values().tolist()]
 
     def flat_logits(self) -> Tensor:
         """The logits as they count in evaluation, flat; of a packed mask 1 and -1."""
@@ -551,7 +557,7 @@ class ConcreteModel(PooledModel):
 
     def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """Name of every parameter -> lambda `[T]`, detached; in the order of `config.vector_names`."""
-        return {delta.block: delta.values().detach() for delta in self._deltas(adapter_name)}
+        return {delta.block: delta.values().detach().clone() for delta in self._deltas(adapter_name)}
 
     @torch.no_grad()
     def save_masked_vectors(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> dict[str, str]:
@@ -574,7 +580,7 @@ class ConcreteModel(PooledModel):
         os.makedirs(folder, exist_ok=True)
         found = {}
         for number, name in enumerate(config.vector_names):
-            path = os.path.join(os.fspath(folder), f"{name}.safetensors")
+            path = os.path.join(os.fspath(folder), file_name(name))
             tensors = {delta.block: delta.masked_vector(number) for delta in deltas}
             save_task_vector_file(path, {key: value for key, value in tensors.items() if value is not None}, config)
             found[name] = path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,21 @@ from ..task_vectors.writing import entries_of, write_file
 from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
 
 PLACEMENTS = ("device", "cpu", "disk")
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value of a config is a list of texts."""
+    return isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value of a config is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a config is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -70,18 +86,24 @@ class PooledConfig(SubspaceConfig):
             )
         self.check_choice("vector_dtype", tuple(DTYPES))
         self.check_choice("placement", PLACEMENTS)
-        if not isinstance(self.pool, dict) or isinstance(self.exclude_pool, str):
-            raise ValueError(
-                f"pool={self.pool!r}, exclude_pool={self.exclude_pool!r}: a table {{name: place}} and a list of names are "
-                f"expected."
-            )
-        if not (self.max_vector_bytes is None or isinstance(self.max_vector_bytes, int)):
-            raise ValueError(f"max_vector_bytes={self.max_vector_bytes!r}: a number of bytes is expected.")
+        self.check_kind("pool", isinstance(self.pool, dict) and is_texts([*self.pool]), "a table {name: place}")
+        self.check_kind("exclude_pool", is_texts(self.exclude_pool), "a list of names")
+        self.check_kind("block_types", is_texts(self.block_types), "a list of kinds")
+        self.check_kind(
+            "max_vector_bytes", self.max_vector_bytes is None or is_integer(self.max_vector_bytes), "a number of bytes"
+        )
+        for name in ("bundle_vectors", "strict"):
+            self.check_kind(name, isinstance(getattr(self, name), bool), "True or False")
         self.pool = {name: os.fspath(s) if isinstance(s, os.PathLike) else s for name, s in self.pool.items()}
         unknown = [kind for kind in self.block_types if kind not in BLOCK_TYPES]
         if unknown or not self.block_types:
             raise ValueError(f"block_types={self.block_types!r}: accepted are {', '.join(map(repr, BLOCK_TYPES))}.")
         self.check_in_pool(self.exclude_pool)
+
+    def check_kind(self, name: str, fits: bool, expected: str) -> None:
+        """Raise ValueError unless the value of a field fits."""
+        if not fits:
+            raise ValueError(f"{name}={getattr(self, name)!r}: {expected} is expected.")
 
     def check_choice(self, name: str, accepted: tuple[Any, ...]) -> None:
         """Raise ValueError if a field has none of the accepted values."""

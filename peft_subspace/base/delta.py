@@ -138,6 +138,10 @@ class Delta(nn.Module):
         """
         raise NotImplementedError
 
+    def as_plain_sum(self) -> list[float] | None:
+        """lambda `[T]` where dW is sum_t lambda_t tau_t with nothing else to it (task arithmetic); else None."""
+        return None
+
     def delta_weight(self, weight: Weight) -> Tensor:
         """The dense update dW, canonical layout, at least in the dtype of the parameters: what the output is tested against."""
         raise NotImplementedError

@@ -53,7 +53,11 @@ class EffectiveWeights:
         trained = [tensor for delta in deltas for tensor in delta.trained if tensor.requires_grad]
         if trained and torch.is_grad_enabled():
             self._kept.pop(container, None)
-            pulls = [(delta.pull_back(), [tensor.requires_grad for tensor in delta.trained]) for delta in deltas]
+            pulls = [
+                (delta.pull_back(), [tensor.requires_grad for tensor in delta.trained])
+                for delta in deltas
+                if any(tensor.requires_grad for tensor in delta.trained)
+            ]
             weight = compose(layer, container, names)
             return composition.composed(weight, lambda grad: _pulled(grad, pulls), trained)
         if not self._keeps:

@@ -97,6 +97,19 @@ def constrained(numbers: Tensor, constraint: Constraint | None) -> Tensor:
     return torch.softmax(numbers, 0) if constraint == "softmax" else numbers
 
 
+def through_constraint(grad: Tensor, numbers: Tensor, constraint: Constraint | None) -> Tensor:
+    """dL/dc from dL/dlambda, for `constrained`: 0 where c < 0; lambda[t] (g[t] - sum_s lambda[s] g[s]) for the softmax.
+
+    Written out: a graph of its own inside of a backward would make activation checkpointing compute its segment again.
+    """
+    if constraint == "nonnegative":
+        return grad * (numbers >= 0)
+    if constraint == "softmax":
+        shares = torch.softmax(numbers, 0)
+        return shares * (grad - (shares * grad).sum(0))
+    return grad
+
+
 def stacked(vectors: Sequence[Vector | None], like: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """The factors of all low-rank vectors side by side, and how many directions each has: `[rows, R]`, `[R, columns]`, T ranks.
 

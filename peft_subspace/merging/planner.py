@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..task_vectors.errors import InputError, RecipeError, sentence
 from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader
 from ..task_vectors.models import Given, Source, extra_saved, given_by, open_source, without_base
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
-from ..task_vectors.validate import OUTPUT_HEADS, declared_base, tied_head
+from ..task_vectors.validate import OUTPUT_HEADS, made_for_another, tied_head
 from .layout import make_layout
 from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, open_mask
 from .methods.registry import Method
@@ -279,13 +278,8 @@ class _Planner:
             return
         for source in self.sources:
             for part in source.checkpoints:
-                declared = declared_base(part)
                 ours = self.base.reference.model
-                if (
-                    declared
-                    and os.path.basename(declared.rstrip("/")) != os.path.basename(ours.rstrip("/"))
-                    and part.kind != "model"
-                ):
+                if declared := made_for_another(part, ours):
                     self.notes.append(f"{part.name}: says that it was made for {declared!r}; it is merged onto {ours!r}.")
 
 

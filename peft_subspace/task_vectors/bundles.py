@@ -25,16 +25,19 @@ FOLDER, LONGEST = "vectors", 180
 
 
 def file_of(record: Mapping[str, Any]) -> str | None:
-    """Where a vector of an adapter is in the adapter's folder, `vectors/NAME.safetensors`; None if it is not bundled.
+    """Where a vector of an adapter is in the adapter's folder, `vectors/NAME.safetensors`; None if it is not bundled."""
+    return f"{FOLDER}/{file_name(str(record['name']))}" if record.get("bundle") else None
 
-    A name of over 180 characters, as they are escaped, ends in a hash instead: file systems have room for 255.
+
+def file_name(name: str) -> str:
+    """The name of a file for the vector of any name: escaped where it must be.
+
+    What has over 180 characters then ends in a hash instead: file systems have room for 255.
     """
-    if not record.get("bundle"):
-        return None
-    name = quote(str(record["name"]), safe=" ")
+    name = quote(name, safe=" ")
     if len(name) > LONGEST:
         name = f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:16]}"
-    return f"{FOLDER}/{name}.safetensors"
+    return f"{name}.safetensors"
 
 
 def write_bundle(folder: str | os.PathLike[str], record: dict[str, Any], vector: TaskVector, names: Collection[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from .references import HUB_ID, Reference
 from .renaming import names_in_memory
 from .sources import Checkpoint, shortened
 from .task_vector import TaskVector
-from .validate import is_buffer, match_names
+from .validate import is_buffer, made_for_another, match_names
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOCAL = threading.local()
@@ -248,6 +249,13 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
         base_source = None if needed is None else open_source(needed)
         vector = TaskVector.of_source(without_base(source, base_source), base_source)
         names = _matched(vector, model)
+        for part in source.checkpoints if model.strict else ():
+            if declared := made_for_another(part, str(own_base or model.base or "")):
+                warnings.warn(
+                    f"The task vector {name!r} says that it was made for {declared!r}, and the base here is "
+                    f"{own_base or model.base!r}. Check that they are the same.",
+                    stacklevel=2,
+                )
     except InputError as error:
         raise InputError(f"The task vector {name!r}: {error}") from error
     parts = [*source.checkpoints, *(() if base_source is None else base_source.checkpoints)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 
@@ -130,6 +131,14 @@ def check_shapes(owner: str, pairs: Iterable[tuple[str, tuple[int, ...], tuple[i
             f"{min(own_rows, base_rows):,} tokens are the same, write `subspace: {{embeddings: {way.split()[0]}}}`: {way}."
         )
     return [name for name, *_ in changed]
+
+
+def made_for_another(checkpoint: Checkpoint, base: str) -> str | None:
+    """The base that an adapter or a task-vector file names, if its name ends in another way: paths differ for good reasons."""
+    declared = None if checkpoint.kind == "model" else declared_base(checkpoint)
+    if not declared or not base or os.path.basename(declared.rstrip("/")) == os.path.basename(base.rstrip("/")):
+        return None
+    return declared
 
 
 def declared_base(checkpoint: Checkpoint) -> str | None:

@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
 from torch import Tensor, nn
 
+from ..adapters.pooled import PooledModel
 from ..task_vectors.provenance import identity
 from .merge_checkpoint import load_checkpoint, moments, restore_moments, save_checkpoint
 from .tasks import Stream, Task
@@ -33,7 +34,7 @@ from .tasks import Stream, Task
 # of a config, what a run that goes on must share with the one before, besides the hashes of its vectors
 CONFIG_FIELDS = (
     "granularity", "temperature", "init", "coefficients", "learn_coefficients", "clamp_coefficients", "rescale", "stochastic",
-    "eval_mask", "save_mask", "seed", "constraint",
+    "eval_mask", "save_mask", "seed", "constraint", "partition", "partition_seed", "tie_blocks", "fused_splits", "selected",
 )  # fmt: skip
 
 
@@ -147,6 +148,11 @@ class MergeTrainer:
             raise ValueError(
                 f"tasks={[task.name for task in tasks]!r}: one or more tasks with names of their own are expected."
             )
+        if not isinstance(getattr(model, "base_model", None), PooledModel):
+            raise ValueError(
+                f"{type(model).__name__} has no task vectors to merge. Give the model that get_peft_model makes with a "
+                f"ConcreteConfig or an AtlasConfig."
+            )
         if adapter_name not in model.peft_config:
             raise ValueError(f"The model has no adapter {adapter_name!r}, only {sorted(model.peft_config)}.")
         self.model, self.tasks, self.adapter_name = model, list(tasks), adapter_name
@@ -160,9 +166,7 @@ class MergeTrainer:
         self.evaluate = evaluate
         self.masks, self.coefficients = self._trained()
         self.starts = [tensor.detach().clone() for tensor in self.coefficients]
-        shaped = any(bool((mask != mask.reshape(-1)[0]).any()) for mask in self.masks)
-        is_base = not self.masks and not any(bool(start.any()) for start in self.starts)
-        self._start = "as it was given" if shaped else "the base" if is_base else "task arithmetic"
+        self._start = self._name_of_start()
         self._say = say or self.accelerator.print
         self._measure = _measure(self.tasks)
         self.history: list[Look] = []
@@ -172,6 +176,13 @@ class MergeTrainer:
         self._held_out = {task.name: self._first_batches(task) for task in self.tasks}
         processes = self.accelerator.process_index, self.accelerator.num_processes
         self.streams = [Stream(task, self.arguments.seed * 1_000_003 + k, *processes) for k, task in enumerate(self.tasks)]
+
+    def _name_of_start(self) -> str:
+        """What step 0 is: the number that every result has to be compared with."""
+        sums = [delta.as_plain_sum() for delta in self.model.base_model.deltas(self.adapter_name)]
+        if any(weights is None or weights != sums[0] for weights in sums):
+            return "as it was given"
+        return "task arithmetic" if any(sums[0] or ()) else "the base"
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         found: dict[int, Tensor] = {}

@@ -110,14 +110,15 @@ def search(
     Cost: `budget` evaluations; each composes the weights once.
     Source: the official code uses nevergrad's NGOpt for this; the strategy here has no dependency, and no claim to be as good.
     """
-    tensors = list(_coefficients(model).values())
+    tensors, live = list(_coefficients(model).values()), _live(model)
     generator = torch.Generator().manual_seed(seed)
     best, lowest = [tensor.clone() for tensor in tensors], _loss(loss_fn, model)
     try:
         for _ in range(budget - 1):
             for tensor, value in zip(tensors, best, strict=True):
                 noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-                tensor.copy_((value + step * noise).clamp(-box, box))
+                moved = live[id(tensor)].to(value.device).view(-1, *[1] * (value.ndim - 1))
+                tensor.copy_(torch.where(moved, (value + step * noise).clamp(-box, box), value))
             found = _loss(loss_fn, model)
             if found <= lowest:
                 best, lowest, step = [tensor.clone() for tensor in tensors], found, step * 1.5
@@ -127,6 +128,18 @@ def search(
         for tensor, value in zip(tensors, best, strict=True):
             tensor.copy_(value)
     return lowest
+
+
+def _live(model: Any) -> dict[int, Tensor]:
+    """Which vectors a trained tensor has to do with, `[T]`: not those that its blocks leave out, or that have nothing there."""
+    found: dict[int, Tensor] = {}
+    for _, layer in model.base_model.named_subspace_layers():
+        for name in layer.active_adapters:
+            for delta in layer.deltas(name).values():
+                (tensor,) = delta.trained
+                there = torch.tensor([vector is not None for vector in delta.vectors])
+                found[id(tensor)] = there | found.get(id(tensor), there)
+    return found
 
 
 def _loss(loss_fn: Callable[[Any], Any], model: Any) -> float:

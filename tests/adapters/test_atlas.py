@@ -15,6 +15,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_subspace import AtlasConfig, AtlasDelta, FloraConfig, SvfitConfig, draw_coefficients, save_as_lora
 from peft_subspace.base import effective
@@ -24,7 +25,7 @@ from peft_subspace.task_vectors.errors import InputError
 from peft_subspace.task_vectors.task_vector import TaskVector
 from peft_subspace.training.selection import coefficient_gradients, select_vectors
 from tests.pico import LAYERS, MODELS, Pico, loss, output, run, train
-from tests.pools import pool_of, vector_of, write_vector
+from tests.pools import fine_tuned, pool_of, vector_of, write_vector
 from tests.processes import peak_growth
 
 pytestmark = [
@@ -252,6 +253,26 @@ def test_softmax_shares_one_among_the_vectors(tmp_path: Path) -> None:
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
 
 
+def test_a_constraint_leaves_activation_checkpointing_as_it_is() -> None:
+    """No graph is gone through inside of a backward: a checkpointed segment is computed twice, not once for each block."""
+    counts, calls = [], list[Any]()
+    own = effective.compose
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args)
+        return own(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effective, "compose", counted)
+        for constraint in CONSTRAINED:
+            model, batch = adapt("mlp", constraint=constraint)
+            (x,) = batch.values()
+            calls.clear()
+            checkpoint(model.train(), x, use_reentrant=False).square().sum().backward()
+            counts.append(len(calls))
+    assert counts == [2 * len(deltas(model))] * len(CONSTRAINED)
+
+
 # What shares coefficients ------------------------------------------------------------------------------------------------
 
 
@@ -300,8 +321,8 @@ def test_tied_blocks_within_a_layer() -> None:
     model, _ = adapt("llama", tie_blocks=[["q_proj.weight", "k_proj.weight"]])
     coefficients = model.base_model.coefficients()
     for layer in range(2):
-        q, k, v = (coefficients[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv")
-        assert q.data_ptr() == k.data_ptr() != v.data_ptr()
+        q, k, v = (deltas(model)[f"model.layers.{layer}.self_attn.{name}_proj.weight"].trained[0] for name in "qkv")
+        assert q is k is not v
     first, second = (coefficients[f"model.layers.{layer}.self_attn.q_proj.weight"] for layer in range(2))
     assert not torch.equal(first, second)
 
@@ -374,7 +395,8 @@ def test_a_small_vector_survives_float16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("placement", ["cpu", "disk"])
 def test_where_the_vectors_are_does_not_matter(placement: str, tmp_path: Path) -> None:
     """A step and its result, to the bit; for "disk" of models that are differences of two files too."""
-    base, tuned = MODELS["llama"].model(), MODELS["llama"].model(seed=4)
+    base: Any = MODELS["llama"].model()
+    tuned: Any = fine_tuned(MODELS["llama"])
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
     results = []
@@ -881,10 +903,56 @@ def test_a_base_made_in_inference_mode() -> None:
     assert torch.equal(found, expected)
 
 
+def test_slips_in_names_of_parameters_are_named() -> None:
+    for fields in (
+        {"selected": {"typo.weight": ["task0"]}},
+        {"tie_blocks": [["weight", "typo.weight"]]},
+        {"fused_splits": {"typo.weight": 2}},
+    ):
+        with pytest.raises(ValueError, match=r"'?typo\.weight'?: selected, tie_blocks or fused_splits has it.*They are"):
+            adapt("mlp", **fields)
+
+
+def test_a_whole_model_of_another_base_is_refused_and_the_base_itself_is_noticed(tmp_path: Path) -> None:
+    pico = MODELS["bert"]
+    for name, model in {"base": pico.model(), "tuned": fine_tuned(pico), "other": pico.model(seed=5)}.items():
+        model.save_pretrained(tmp_path / name)  # type: ignore[operator]
+    base = str(tmp_path / "base")
+    configs = {name: {"pool": {name: str(tmp_path / name)}, "base": base} for name in ("base", "tuned", "other")}
+    with pytest.raises(InputError, match=r"'other' does not look like a fine-tuned .*base: the difference is 1\.[34]"):
+        get_peft_model(pico.model(), AtlasConfig(**configs["other"]))
+    get_peft_model(pico.model(), AtlasConfig(**configs["other"], strict=False))
+    with pytest.warns(UserWarning, match=r"'base' is zero wherever it was looked at: is it .*base itself\?"):
+        get_peft_model(pico.model(), AtlasConfig(**configs["base"]))
+    get_peft_model(pico.model(), AtlasConfig(**configs["tuned"]))
+
+
+def test_a_lora_that_was_made_for_another_base_is_noticed(tmp_path: Path) -> None:
+    pico = MODELS["bert"]
+    plain = get_peft_model(pico.model(), LoraConfig(target_modules=["query"], init_lora_weights=False))
+    plain.save_pretrained(tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "somebody/another"}))
+    pool = {"lora": str(tmp_path / "lora")}
+    with pytest.warns(UserWarning, match=r"'lora' says that it was made for 'somebody/another', and the .* 'me/base'"):
+        get_peft_model(pico.model(), AtlasConfig(pool=pool, base="me/base"))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"pool": ["a"]}, "a table {name: place}"),
+        ({"pool": {1: "a"}}, "a table {name: place}"),
+        ({"exclude_pool": None}, "exclude_pool=None: a list of names"),
+        ({"block_types": None}, "block_types=None: a list of kinds"),
+        ({"strict": "no"}, "strict='no': True or False"),
+        ({"init": True}, "init=True"),
+        ({"partition_seed": "x"}, "partition_seed='x'"),
+        ({"fused_splits": ["a"]}, "a table of a positive number of parts"),
+        ({"tie_blocks": [[1]]}, "a list of lists of endings"),
+        ({"selected": ["a"]}, "a table of the names of vectors"),
+        ({"selected": {"x": "task0"}}, "a table of the names of vectors"),
+        ({"pool": {"a": "b"}, "constraint": "softmax"}, "the share of 'a' alone would always be one"),
         ({"exclude_pool": "t1"}, "a list of names"),
         ({"init": float("nan")}, "init=nan: a finite number"),
         ({"init": "x"}, "init='x'"),

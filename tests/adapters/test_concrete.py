@@ -217,7 +217,7 @@ def test_a_sampled_mask_learns() -> None:
     assert float(loss(model.eval(), batch).detach()) < before - 0.01
 
 
-def test_freezing_the_mask_leaves_the_coefficients() -> None:
+def test_freezing_the_mask_leaves_the_coefficients(tmp_path: Path) -> None:
     model, batch = adapt("mlp", learn_coefficients="task")
     expected = run(model, batch)
     model.base_model.freeze_mask()
@@ -229,6 +229,11 @@ def test_freezing_the_mask_leaves_the_coefficients() -> None:
     model.set_adapter("default")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     assert not torch.equal(run(model, batch), expected)
+    model.save_pretrained(tmp_path)
+    loaded: Any = PeftModel.from_pretrained(MODELS["mlp"].model(), tmp_path, is_trainable=True)
+    assert torch.equal(run(loaded.eval(), batch), run(model, batch))
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trained
+    assert torch.equal(output(loaded.train(), batch).detach(), run(model, batch)), "the mask stays frozen"
 
 
 def test_coefficients_are_kept_in_their_range() -> None:

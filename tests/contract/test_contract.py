@@ -23,6 +23,7 @@ from peft_subspace import SubspaceLayer
 from peft_subspace.base.batch_norm import STATISTICS, BatchNormLayer
 from tests.methods import METHODS, Method
 from tests.pico import LAYERS, MODELS, Pico, loss, output, run, train
+from tests.pools import fine_tuned
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`"),  # PEFT, of every tied model
@@ -350,6 +351,29 @@ def test_one_at_a_time_where_the_base_is_replaced(method: Method, name: str) -> 
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
     model.set_adapter("default")
     assert torch.equal(run(model, batch), before)
+
+
+@each_model
+def test_a_frozen_adapter_beside_a_trained_one(method: Method, name: str) -> None:
+    """Both are active; the gradients of the trained one are what they are with both trained."""
+    if method.replaces_base or name not in WITHOUT_WHOLE_MODULES:
+        pytest.skip("two stand-ins, or two heads, cannot be active at once")
+    batch, found = MODELS[name].batch(), []
+    for frozen in (False, True):
+        model = adapt(method, MODELS[name])
+        add(model, method)
+        model.base_model.set_adapter(["default", "other"])
+        for key, parameter in model.named_parameters():
+            if frozen and ".default" in key:
+                parameter.requires_grad_(False)
+        torch.manual_seed(5)
+        loss(model.train(), batch).backward()
+        assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
+        found.append({key: p.grad for key, p in model.named_parameters() if ".other" in key})
+    assert any(gradient is not None and bool(gradient.any()) for gradient in found[0].values())
+    for key, gradient in found[1].items():
+        if gradient is not None or found[0][key] is not None:
+            torch.testing.assert_close(gradient, found[0][key], msg=lambda text, key=key: f"{key}: {text}")
 
 
 @each_model
@@ -963,7 +987,7 @@ def test_a_bundle_is_saved_over_a_damaged_one_and_left_out_where_it_is_not_wante
     pico = MODELS["llama"]
     pool: Any = {key: shutil.copy(path, tmp_path / f"{key}.safetensors") for key, path in method.make(pico).pool.items()}
     pico.model().save_pretrained(tmp_path / "base")
-    whole: Any = pico.model(seed=3)
+    whole: Any = fine_tuned(pico)
     whole.save_pretrained(tmp_path / "whole")
     base = str(tmp_path / "base")
     pool = {"whole": {"path": str(tmp_path / "whole"), "base": base}, **pool} if not method.vector_rank else pool

@@ -13,7 +13,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,7 +23,9 @@ from peft_subspace.training import MergeArguments, MergeTrainer, Task, pooled_lo
 from peft_subspace.training.objectives import addition_loss, entropy_loss
 from peft_subspace.training.tasks import Stream
 from tests.pico import MODELS
-from tests.pools import pool_of
+from tests.pools import pool_of, vector_of, write_vector
+from tests.processes import run_python
+from tests.training import ddp_merge
 
 PICO = MODELS["mlp"]
 
@@ -126,6 +129,66 @@ def test_labels_make_it_task_addition(start: float, capsys: pytest.CaptureFixtur
     assert f"step 0 ({words}): coefficients step 0: mean cross-entropy" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"task 'a' have no 'labels', its labels; there is: \['x'\]"):
         Task("a", [], given[0].logits, "labels").loss(model, PICO.batch())
+
+
+STARTS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "softmax": (AtlasConfig, {"constraint": "softmax"}, "task arithmetic"),  # the average
+    "nothing is let through": (AtlasConfig, {"constraint": "nonnegative", "init": -1.0}, "the base"),
+    "by name": (AtlasConfig, {"init": {"task0": 0.5}}, "task arithmetic"),
+    "at random": (AtlasConfig, {"init_weights": False}, "as it was given"),
+    "mean": (ConcreteConfig, {"init": 2.0}, "task arithmetic"),
+    "hard": (ConcreteConfig, {"eval_mask": "hard"}, "task arithmetic"),
+    "hard, closed": (ConcreteConfig, {"eval_mask": "hard", "init": -1.0}, "the base"),
+    "sample": (ConcreteConfig, {"eval_mask": "sample"}, "as it was given"),
+    "not rescaled": (ConcreteConfig, {"rescale": False}, "as it was given"),
+    "a mask at random": (ConcreteConfig, {"init_weights": False}, "as it was given"),
+}
+
+
+@pytest.mark.parametrize(("config", "fields", "words"), STARTS.values(), ids=STARTS)
+def test_the_first_look_is_called_what_it_is(config: Any, fields: dict[str, Any], words: str) -> None:
+    """Against the weights that come out: those of one lambda a vector, of none, or others."""
+    model = make(config, **fields)
+    assert trainer(model)._start == words
+    merged, base = model.merge_and_unload().state_dict(), PICO.model().state_dict()
+    vectors = [load_file(path) for path in pool_of(PICO).values()]
+    flat = [torch.cat([tensors[name].flatten() for name in base]) for tensors in vectors]
+    difference = torch.cat([(merged[name] - base[name]).flatten() for name in base])
+    matrix = torch.stack(flat, 1)
+    rest = difference - matrix @ torch.linalg.lstsq(matrix, difference[:, None]).solution[:, 0]
+    if words == "the base":
+        assert not difference.any()
+    elif words == "task arithmetic":
+        assert float(rest.norm()) < 1e-5 * float(difference.norm())
+    elif fields != {"rescale": False}:  # half of every lambda is a sum of the vectors too, but not the one that was asked for
+        assert float(rest.norm()) > 0.05 * float(difference.norm())
+
+
+def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
+    """A batch each, against two batches a step in one process; and a run that goes on finds what it left."""
+    (tmp_path / "pool").mkdir()
+    for t in range(2):
+        write_vector(tmp_path / "pool" / f"task{t}.safetensors", vector_of(PICO.model(), t))
+    run_python("-m torch.distributed.run", "--standalone", "--nproc-per-node", 2, Path(ddp_merge.__file__), tmp_path)
+    losses, found = {}, {}
+    for name in ("plain", "sampled", "resumed"):
+        one, other = (json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2))
+        losses[name], found[name] = one, load_file(tmp_path / f"{name}-0.safetensors")
+        assert one == other
+        theirs = load_file(tmp_path / f"{name}-1.safetensors")
+        assert all(torch.equal(theirs[key], value) for key, value in found[name].items())
+    alone = ddp_merge.learn(tmp_path, Accelerator(cpu=True), sampled=False)
+    assert losses["plain"] == pytest.approx([look.mean for look in alone.history], rel=1e-5)
+    assert min(losses["plain"]) < losses["plain"][0] - 0.01
+    for key, value in ddp_merge.tensors(alone).items():
+        torch.testing.assert_close(found["plain"][key], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found["resumed"][key], found["sampled"][key])
+
+
+def test_a_model_without_task_vectors_is_refused() -> None:
+    model = get_peft_model(PICO.model(), LoraConfig(**PICO.targets))
+    with pytest.raises(ValueError, match=r"PeftModel has no task vectors to merge\. Give the model that get_peft_model makes"):
+        MergeTrainer(model, tasks(), accelerator=Accelerator(cpu=True))
 
 
 def test_the_first_look_is_plain_task_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from peft import get_peft_model
 from peft_subspace import AtlasConfig
 from peft_subspace.training.selection import coefficient_gradients, rank_vectors, search
 from tests.pico import MODELS, loss
-from tests.pools import pool_of
+from tests.pools import pool_of, vector_of, write_vector
 
 
 def adapted(**fields: Any) -> Any:
@@ -62,6 +63,21 @@ def test_the_search_lowers_a_loss_and_leaves_the_best() -> None:
     again = adapted(granularity="task")
     assert search(again, lambda candidate: float(loss(candidate, batch)), budget=40, seed=1) == lowest
     assert all(float(value.abs().max()) <= 1.5 for value in model.base_model.coefficients().values())
+
+
+def test_a_search_leaves_alone_what_is_not_used(tmp_path: Path) -> None:
+    """Vectors that a block leaves out, or that have nothing there."""
+    pico = MODELS["mlp"]
+    first, *others = [name for name, _ in pico.model().named_parameters()]
+    tensors = vector_of(pico.model(), 3)
+    del tensors[others[0]]
+    pool = {**pool_of(pico), "part": write_vector(tmp_path / "part.safetensors", tensors)}
+    model: Any = get_peft_model(pico.model(), AtlasConfig(pool=pool, selected={first: ["task0"]}))
+    batch = pico.batch()
+    search(model, lambda candidate: float(loss(candidate, batch)), budget=8)
+    found = model.base_model.coefficients()
+    assert [bool(value) for value in found[first]] == [True, False, False]
+    assert [bool(value) for value in found[others[0]]] == [True, True, False]
 
 
 def test_a_search_recovers_from_a_loss_that_is_no_number_and_from_an_error() -> None:
