@@ -176,7 +176,9 @@ def extract(
     """Make a LoRA adapter or a task-vector file out of a fine-tuned model and its base."""
     from ..task_vectors.errors import OutputError, RecipeError
     from ..task_vectors.extract import extract_lora
+    from ..task_vectors.models import open_source, without_base
     from ..task_vectors.pickles import pickles_allowed
+    from ..task_vectors.places import keep_inputs
     from ..task_vectors.task_vector import TaskVector
 
     if task_vector and (rank is not None or energy is not None):
@@ -187,7 +189,9 @@ def extract(
                 raise RecipeError(f"{out}: a task vector is one file; give a name that ends in .safetensors.")
             if out.exists() and not overwrite:
                 raise OutputError(f"{out}: is there already. Choose another name, or pass --overwrite.")
-            vector = TaskVector.open(model, base)
+            sources = open_source(model), open_source(base)
+            keep_inputs(out, (part for source in sources for part in source.checkpoints))
+            vector = TaskVector.of_source(without_base(*sources), sources[1])
             vector.save(out)
             console.say(f"{out}: {len(vector)} tensors, {console.size(out.stat().st_size)}, norm {vector.norm():.4g}.", quiet)
             return
@@ -256,10 +260,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Turn an adapter of this package into plain LoRA, which serving engines read: the same update, no SVD."""
-    from ..task_vectors.errors import OutputError
     from .exporting import export_lora
 
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
-    export_lora(adapter, out, base)
+    export_lora(adapter, out, base, overwrite)
     console.say(f"{out}: a LoRA adapter for plain PEFT.", quiet)

@@ -27,11 +27,12 @@ from ..task_vectors.lora_files import (
     truncated,
 )
 from ..task_vectors.models import Given
+from ..task_vectors.places import put_in_place, sync_folder
 from ..task_vectors.reading import read_tensor
 from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .early import check_adapters
 from .execute import Settings, merged_tensor, whole_model_passes
-from .files import put_in_place, sync_folder, write_synced
+from .files import write_synced
 from .inputs import finite
 from .manifest import MANIFEST, make_manifest
 from .methods.loop import Job, Part, settle

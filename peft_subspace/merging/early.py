@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..task_vectors.errors import InputError, OutputError, RecipeError, sentence
 from ..task_vectors.models import Source, open_source, without_base
+from ..task_vectors.places import keep_inputs
 from ..task_vectors.sources import Checkpoint
 from .learn_options import TaskOptions, data_place, vector_names
 from .recipe import Recipe
@@ -39,15 +40,6 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
         raise RecipeError(f"--device {device}: torch cannot use it here: {sentence(str(error).splitlines()[0])}") from error
-
-
-def keep_inputs(out: Path, parts: Iterable[Checkpoint]) -> None:
-    """A folder that is written must not take the place of a model that it is made from, nor lie inside of one."""
-    place = Path(os.path.realpath(out))
-    for part in parts:
-        folder = Path(os.path.realpath(part.path))
-        if folder == place or place in folder.parents or folder in place.parents:
-            raise OutputError(f"{out}: is, holds or lies in the model {part.name}. Choose another folder.")
 
 
 def check_adapters(names: Iterable[str], sources: Iterable[Source]) -> None:

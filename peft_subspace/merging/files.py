@@ -158,34 +158,3 @@ def begin_folder(partial: Path, keep: bool) -> None:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(partial, error) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Put the names in a folder on the disk."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def put_in_place(made: Path, out: Path, overwrite: bool) -> None:
-    """Rename a finished folder to its final name; what is there goes only when it may, and only then.
-
-    Raises:
-        OutputError: something is there, or the folder cannot be renamed.
-    """
-    try:
-        if out.exists() and overwrite and any(out.iterdir() if out.is_dir() else [out]):
-            old = out.with_name(out.name + ".replaced")
-            shutil.rmtree(old, ignore_errors=True)  # of an earlier attempt that was killed right here
-            os.rename(out, old)
-            os.rename(made, out)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            if out.exists():
-                out.rmdir()
-            os.rename(made, out)
-        sync_folder(out.absolute().parent)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be put in place of {made}: {error.strerror or error}.") from error

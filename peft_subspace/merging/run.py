@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..task_vectors.errors import OutputError, RecipeError
+from ..task_vectors.places import keep_inputs, put_in_place, sync_folder
 from .ahead import Ahead
-from .early import check_device, keep_inputs, partial_path
-from .files import OutputFiles, begin_folder, put_in_place, sync_folder, write_synced
+from .early import check_device, partial_path
+from .files import OutputFiles, begin_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
 from .outputs import RECIPE_FILE, card, side_files, write_side_files
@@ -67,7 +68,8 @@ def merge(
             found = learn(found, out, resume=resume, overwrite=overwrite, device=device)
             device = "cpu" if found.subspace.output == "adapter" else device  # it was for the learning
         plan = make_plan(found)
-    keep_inputs(out, plan.checkpoints)
+    for place in (out, partial_path(out)):
+        keep_inputs(place, plan.checkpoints)
     if plan.recipe.subspace.output == "adapter":
         if device != "cpu":
             raise RecipeError(f"--device {device}: adapters are small and merged on the CPU; leave it out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,75 @@ def test_extract_and_inspect(command: Command) -> None:
         found = command("inspect", "lora", "--plot", wrong)
         assert (found[0], found[1]) == (code, "")  # said before the models are read
         assert message in found[2]
+
+
+def _everything() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(Path().rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "more", "message"),
+    [
+        ("a", "a", ["--rank", "2"], "a: --overwrite replaces adapters, and it is none"),
+        ("a", "base", ["--rank", "2"], "base: --overwrite replaces adapters, and it is none"),
+        ("a", "a/lora", ["--rank", "2"], "a/lora: is, holds or lies in the model a"),
+        ("all/a", "all", ["--rank", "2"], "all: --overwrite replaces adapters, and it is none"),
+        ("base+lora", "lora", ["--rank", "2"], "lora: is, holds or lies in the model lora"),
+        ("lora", "link", ["--rank", "2"], "link: is, holds or lies in the model lora"),
+        ("a", "notes", ["--rank", "2"], "notes: --overwrite replaces adapters, and it is none"),
+        ("a", "recipe.yaml", ["--rank", "2"], "recipe.yaml: --overwrite replaces adapters, and it is none"),
+        ("c", "c/model.safetensors", ["--task-vector"], "is, holds or lies in the model c"),
+        ("c", "base/new.safetensors", ["--task-vector"], "is, holds or lies in the model base"),
+        ("tv.safetensors", "tv.safetensors", ["--task-vector"], "is, holds or lies in the model tv.safetensors"),
+    ],
+)
+def test_extract_never_replaces_its_inputs(command: Command, model: str, out: str, more: list[str], message: str) -> None:
+    assert command("extract", "a", "lora", "--base", "base", "--rank", "2", "-q")[0] == 0
+    assert command("extract", "a", "tv.safetensors", "--base", "base", "--task-vector", "-q")[0] == 0
+    write(Path("all/a"), read(Path("a")))
+    Path("all/thesis.tex").write_text("x")
+    Path("notes").mkdir()
+    Path("notes/diary").write_text("x")
+    Path("link").symlink_to("lora")
+    before = _everything()
+    code, _, err = command("extract", model, out, "--base", "base", "--overwrite", *more)
+    assert code == 4
+    assert re.search(message, err), err
+    assert _everything() == before
+
+
+def test_extract_replaces_an_adapter(command: Command) -> None:
+    for rank in ("2", "3"):
+        assert command("extract", "a", "lora", "--base", "base", "--rank", rank, "--overwrite", "-q") == (0, "", "")
+        assert json.loads(Path("lora/adapter_config.json").read_text())["r"] == int(rank)
+    assert not [path.name for path in Path().glob("*lora*") if path.name != "lora"]
+
+
+def test_export_never_replaces_its_inputs(command: Command) -> None:
+    import peft
+
+    import peft_subspace
+    from tests.pico import MODELS
+
+    pico = MODELS["llama"]
+    pico.model().save_pretrained("llama")
+    wrapped = peft.get_peft_model(pico.model(), peft_subspace.FloraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.save_pretrained("flora")
+    wrapped.save_pretrained("all/flora")
+    Path("all/adapter_config.json").write_text("{}")
+    before = _everything()
+    for adapter, out in (("flora", "flora"), ("flora", "llama"), ("all/flora", "all"), ("flora", "flora/lora")):
+        code, _, err = command("export", adapter, out, "--base", "llama", "--overwrite")
+        assert code == 4
+        assert "is, holds or lies in the model" in err or "--overwrite replaces adapters" in err
+        assert _everything() == before
+    assert command("export", "flora", "lora", "--base", "llama")[0] == 0
+    assert command("export", "flora", "lora", "--base", "llama", "--overwrite")[0] == 0
+    Path("flora/adapter_config.json").write_text(
+        json.dumps({**json.loads(Path("flora/adapter_config.json").read_text()), "pool": {"x": "lora"}})
+    )
+    code, _, err = command("export", "flora", "lora", "--base", "llama", "--overwrite")
+    assert (code, "lora: is, holds or lies in the model lora" in err) == (4, True)
 
 
 def test_export(command: Command, tmp_path: Path) -> None:
