@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -47,9 +48,19 @@ def run(arguments: list[str]) -> int:
             raise
         console.fail(f"{error.filename or ''}: {error.strerror or error}.".removeprefix(": "))
         return 4
+    except RuntimeError as error:
+        if os.environ.get("PEFT_SUBSPACE_DEBUG") or not _is_of_lapack(error):
+            raise
+        console.fail(f"a matrix cannot be decomposed; a model has values that are NaN, infinite or too large: {error}")
+        return 3
     except MemoryError:
         console.fail("not enough memory. Use fewer --threads; methods that work on matrices need the largest tensor whole.")
         return 4
+
+
+def _is_of_lapack(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # a command that never imported it did not get it from there
+    return torch is not None and isinstance(error, torch.linalg.LinAlgError)
 
 
 def _version(show: bool) -> None:

@@ -33,7 +33,7 @@ from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .early import check_adapters
 from .execute import Settings, merged_tensor, whole_model_passes
 from .files import write_synced
-from .inputs import finite
+from .inputs import decomposing, finite
 from .manifest import MANIFEST, make_manifest
 from .methods.loop import Job, Part, settle
 from .outputs import RECIPE_FILE, card
@@ -183,21 +183,36 @@ def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
     if any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
         result.saved[tensor.name] = merged_tensor(plan, tensor, reduced=result.reduced).float()
         return
+    with decomposing(tensor.name, f"the way {way}"):
+        left, right, discarded = _factors(plan, tensor, way, result)
+    if not finite(left) or not finite(right):
+        raise _not_finite(tensor)
+    result.factors[tensor.name] = (left, right)
+    result.report[tensor.name] = {"rank": left.shape[1], "relative_error": relative_error(discarded, 1.0)}
+
+
+def _not_finite(tensor: TensorPlan) -> InputError:
+    return InputError(
+        f"{tensor.name!r}: the merged update has values that are NaN or infinite, of which there are no factors. Use undamaged "
+        f"models, or other weights."
+    )
+
+
+def _factors(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> tuple[Tensor, Tensor, float]:
+    """left, right of the merged update, and the share of its squared norm that they leave out."""
     options = plan.recipe.subspace.adapter
     if _by_product(way, tensor):
         delta = merged_tensor(plan, tensor, True, result.reduced).reshape(tensor.shape[0], -1).float()
         rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
-        left, right, discarded = truncated(delta, rank, options.energy)
-    else:
-        factors, weights = ([_knots(plan, tensor)], [1.0]) if way == "knots" else _stacked(plan, tensor)
-        if way == "cat" or (way == "knots" and not options.rank and not options.energy):
-            (left, right), discarded = stack(factors, weights), 0.0
-        else:
-            left, right, discarded = truncate_sum(factors, weights, rank=options.rank, energy=options.energy)
-    if not finite(left) or not finite(right):
-        raise InputError(f"{tensor.name!r}: the merged update has values that are NaN or infinite.")
-    result.factors[tensor.name] = (left, right)
-    result.report[tensor.name] = {"rank": left.shape[1], "relative_error": relative_error(discarded, 1.0)}
+        if not finite(delta):
+            raise _not_finite(tensor)
+        return truncated(delta, rank, options.energy)
+    factors, weights = ([_knots(plan, tensor)], [1.0]) if way == "knots" else _stacked(plan, tensor)
+    if not all(finite(factor) for pair in factors for factor in pair):
+        raise _not_finite(tensor)
+    if way == "cat" or (way == "knots" and not options.rank and not options.energy):
+        return *stack(factors, weights), 0.0
+    return truncate_sum(factors, weights, rank=options.rank, energy=options.energy)
 
 
 def _rank(given: Given) -> int:
@@ -212,6 +227,8 @@ def _knots(plan: Plan, tensor: TensorPlan) -> tuple[Tensor, Tensor]:
     for model in tensor.models:
         own = [delta.factors(read_tensor) for delta in model.deltas if isinstance(delta, LowRank)]
         own = own or [(torch.zeros(tensor.shape[0], 1), torch.zeros(1, tensor.shape[1]))]
+        if not all(finite(factor) for pair in own for factor in pair):
+            raise _not_finite(tensor)
         factors.append((torch.cat([left for left, _ in own], 1), torch.cat([right for _, right in own])))
     nothing = Part(None, ())  # factors are merged without the tensor
     semantics = plan.recipe.subspace.semantics

@@ -179,6 +179,29 @@ def test_extract_and_inspect(command: Command) -> None:
         assert message in found[2]
 
 
+def test_what_is_not_a_number_has_no_spectrum(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.pico import MODELS
+
+    model: Any = MODELS["llama"].model()
+    model.save_pretrained("whole")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained("nan")
+    for more in (["--base", "whole"], []):
+        code, out, err = command("inspect", "nan", "--spectrum", *more)
+        assert (code, out) == (3, "")
+        assert "up_proj.weight' has values that are NaN or infinite, and so no singular values" in err
+
+    def fails(*_: Any) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr("peft_subspace.task_vectors.compare._singular_values", fails)
+    code, _, err = command("inspect", "a", "--base", "base", "--spectrum")
+    assert (code, err) == (
+        3,
+        "Error: a matrix cannot be decomposed; a model has values that are NaN, infinite or too large: did not converge\n",
+    )
+
+
 def _everything() -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(Path().rglob("*")) if path.is_file()}
 

@@ -17,14 +17,17 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
+from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.cli.app import run as command
 from peft_subspace.merging import execute, files, merge
 from peft_subspace.merging.journal import Journal
 from peft_subspace.merging.methods.registry import Parameter, get, names
-from peft_subspace.task_vectors.errors import InputError, OutputError
+from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
 from tests.merging import crashes
-from tests.merging.tiny import contents, recipe, trio, write
+from tests.merging.tiny import as_module, contents, recipe, trio, write
 
 
 def test_killed_at_any_point_and_resumed_it_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -234,6 +237,8 @@ _SUBSPACE = st.fixed_dictionaries(
         "compute_dtype": st.sampled_from(["float32", "float64"]),
         "align": st.sampled_from([None, "weight_matching"]),
         "adapter": st.fixed_dictionaries({}, optional={"rank": st.integers(1, 9), "method": st.sampled_from(_WAYS)}),
+        "learned": st.sampled_from([None, None, None, "atlas", "x"]),
+        "mask": st.sampled_from([None, "concrete", "concrete", "atlas", "x"]),
     },
 )
 _GOOD, _BAD = ["a", "b", "c", "base+lora", "lora", "tv.safetensors"], ["base", "lost", "short", "broken", "nan", "a+lora", "x"]
@@ -276,6 +281,10 @@ def _recipes(draw: st.DrawFn) -> dict[str, Any]:
     table: dict[str, Any] = {"merge_method": method.name, "models": entries, "parameters": some(scopes["global"])}
     table["base_model"] = draw(st.sampled_from(["base"] * 8 + ["a", "lora", "lost", None]))
     table["subspace"] = draw(st.one_of(st.just({}), _SUBSPACE))
+    if method.learned:
+        table["subspace"]["learned"] = draw(st.sampled_from([method.name] * 6 + [f"{method.name}-nan", "lora", "x"]))
+        listed = st.sampled_from([[], [], [{"model": name} for name in ("a", "tv.safetensors", "lora")], entries])
+        table["models"] = draw(listed)
     if draw(st.booleans()):
         table["out_dtype"] = draw(st.sampled_from(["float16", "bfloat16", "float32", "int8"]))
     return {key: value for key, value in table.items() if value is not None}
@@ -306,7 +315,71 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     statistics |= {name: torch.eye(t.shape[1]) for name, t in models["a"].items() if "q_proj" in name}
     (folder / "statistics.safetensors").write_bytes(safetensors_bytes(statistics, {}))
     (folder / "lora" / "adapter_config.json").write_bytes(json_bytes(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where the recipes are
+        learned_adapters(models["base"])
     return folder
+
+
+def learned_adapters(base: dict[str, torch.Tensor]) -> None:
+    """Adapters with coefficients, and with a mask, of three vectors that the zoo has; and damaged ones."""
+    pool = {"a": "a", "tv": "tv.safetensors", "lora": "lora"}
+    for name, config in {
+        "atlas": AtlasConfig(pool=pool, base="base", init=0.3),
+        "concrete": ConcreteConfig(pool=pool, base="base", coefficients=0.3, target_modules=["q_proj", "down_proj"]),
+    }.items():
+        adapted = get_peft_model(as_module(base), config)
+        adapted.save_pretrained(name)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.reshape(-1)[0] = float("nan")
+        adapted.save_pretrained(f"{name}-nan")
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "knots", "nuslerp"])
+@pytest.mark.parametrize("policy", ["error", "allow"])
+def test_matrix_methods_refuse_what_is_not_a_number(method: str, policy: str, tmp_path: Path) -> None:
+    models = trio(tmp_path)
+    models["a"]["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
+    write(tmp_path / "a", models["a"])
+    table = recipe(tmp_path, method, "ab", subspace={"non_finite": policy})
+    if method == "nuslerp":
+        table["parameters"] = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    message = (
+        rf"/a: 'model\.layers\.0\.mlp\.up_proj\.weight' has values that are NaN .* {method} works on whole .* such as ties"
+    )
+    with pytest.raises(InputError, match=message.replace("such as ties", "such as task_arithmetic or ties")):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    table = {**recipe(tmp_path, "task_arithmetic", "ab"), "subspace": {"non_finite": "allow"}}
+    assert merge(table, tmp_path / "out").is_dir()  # the way out
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "knots"])
+def test_what_cannot_be_decomposed_is_named(method: str, tmp_path: Path) -> None:
+    """Finite values whose weighted differences are not."""
+    models = trio(tmp_path)
+    write(tmp_path / "a", {key: 1e10 * tensor for key, tensor in models["a"].items()})
+    table = recipe(tmp_path, method, "ab", subspace={"base_check": "off"})
+    table["models"][0]["parameters"] = {"weight": 1e38}
+    with pytest.raises(ValueError, match=r"'model\.\S+': (" + method + " cannot decompose it|the merged values do not fit)"):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("adapter", [{"rank": 2}, {}, {"method": "cat"}, {"method": "exact", "energy": 0.9}])
+@pytest.mark.parametrize("method", ["linear", "knots", "ties"])
+def test_an_adapter_of_what_is_not_a_number(method: str, adapter: dict[str, Any], zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "lora", tmp_path / "lora")
+    (file,) = (tmp_path / "lora").glob("*.safetensors")
+    factors = load_file(file)
+    next(iter(factors.values()))[0, 0] = float("nan")
+    save_file(factors, file)
+    table = recipe(zoo, method, "", subspace={"output": "adapter", "adapter": adapter, "non_finite": "allow"})
+    table["models"] = [{"model": str(tmp_path / "lora")}, {"model": str(zoo / "lora")}]
+    with pytest.raises((InputError, RecipeError), match=r"up_proj.* NaN or infinite|adapter\.method"):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_no_recipe_ends_in_a_traceback(zoo: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from peft_subspace.task_vectors.compare import compare
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
@@ -162,6 +163,21 @@ def test_compare_is_one_pass_with_the_same_numbers(tmp_path: Path) -> None:
         found.spectra[name][3].float()[:2], torch.linalg.svdvals(vectors[3][name])[:2], rtol=1e-4, atol=1e-5
     )
     assert found.spectra["lm_head.weight"][3].numel() == 0
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_no_spectrum_of_what_is_not_a_number(low_rank: bool, tmp_path: Path) -> None:
+    models = trio(tmp_path)
+    folder = lora(tmp_path / "x", 0) if low_rank else tmp_path / "a"
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(key for key in tensors if "layers.1.mlp.up_proj" in key)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, file)
+    vectors = [TaskVector.open(path, tmp_path / "base") for path in (folder, tmp_path / "b")]
+    with pytest.raises(InputError, match=r"^mine: 'model\.layers\.1\.mlp\.up_proj\.weight' has .* no singular values"):
+        compare(vectors, ["mine", "b"], spectrum=True)
+    assert compare(vectors, ["mine", "b"]).count == sum(t.numel() for t in models["base"].values())
 
 
 # Extraction ----------------------------------------------------------------------------------------------------------------
