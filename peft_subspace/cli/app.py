@@ -95,6 +95,8 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Merge models or adapters by a recipe."""
+    from ..merging.early import check_before_merging
+    from ..merging.outputs import side_files
     from ..merging.planner import make_plan
     from ..merging.recipe import load_recipe, with_shard_size
     from ..merging.run import merge as merge_recipe
@@ -129,6 +131,9 @@ def merge(
 
         workers = threads or default_threads()
         if dry_run:
+            check_before_merging(plan, out, device)
+            if found.subspace.output == "model":
+                side_files(plan)
             if not quiet:
                 describe(plan, workers)
             return

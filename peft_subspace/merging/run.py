@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.errors import OutputError, RecipeError
-from ..task_vectors.places import keep_inputs, put_in_place, sync_folder
+from ..task_vectors.errors import OutputError
+from ..task_vectors.places import put_in_place, sync_folder
 from .ahead import Ahead
-from .early import check_device, partial_path
+from .early import check_before_merging, partial_path
 from .files import OutputFiles, begin_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
@@ -68,15 +68,11 @@ def merge(
             found = learn(found, out, resume=resume, overwrite=overwrite, device=device)
             device = "cpu" if found.subspace.output == "adapter" else device  # it was for the learning
         plan = make_plan(found)
-    for place in (out, partial_path(out)):
-        keep_inputs(place, plan.checkpoints)
+    check_before_merging(plan, out, device)
     if plan.recipe.subspace.output == "adapter":
-        if device != "cpu":
-            raise RecipeError(f"--device {device}: adapters are small and merged on the CPU; leave it out.")
         from .adapters_out import merge_adapters
 
         return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
-    check_device(device)
     partial = _prepare(out, resume, overwrite)
     if partial is None:
         return out

@@ -15,7 +15,6 @@ from torch import Tensor
 from .deltas import columns_of
 from .errors import InputError, OutputError, RecipeError
 from .lora_files import (
-    is_adaptable,
     json_bytes,
     lora_config,
     lora_tensors,
@@ -28,6 +27,7 @@ from .models import open_source, without_base
 from .places import check_adapter_place, keep_inputs, put_in_place
 from .sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .task_vector import TaskVector
+from .validate import is_adaptable
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from peft_subspace.cli.app import run
 from tests.merging.tiny import contents, read, recipe, trio, write
@@ -139,6 +140,64 @@ print(peft_subspace.FloraConfig.__name__, "peft" in sys.modules)
 def test_a_dry_run_imports_nothing_heavy_and_the_package_is_whole_when_it_is_used(command: Command, tmp_path: Path) -> None:
     printed = run_python(START, tmp_path, "merge", "recipe.yaml", "--dry-run").splitlines()
     assert printed[-2:] == ["code 0 imported []", "FloraConfig True"]
+
+
+def test_a_dry_run_of_adapters_imports_nothing_heavy_either(command: Command, tmp_path: Path) -> None:
+    command("extract", "a", "lora", "--base", "base", "--rank", "2", "-q")
+    table = {"merge_method": "linear", "base_model": "base", "models": [{"model": "lora"}], "subspace": {"output": "adapter"}}
+    Path("adapter.yaml").write_text(yaml.safe_dump(table))
+    printed = run_python(START, tmp_path, "merge", "adapter.yaml", "--dry-run").splitlines()
+    assert printed[-2:] == ["code 0 imported []", "FloraConfig True"]
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "code", "message"),
+    [
+        ({"tokenizer_source": "union"}, [], 2, "tokenizer_source: union is not supported"),
+        ({"tokenizer_source": "nobody/at all"}, [], 3, "'nobody/at all': there is no such folder"),
+        ({"chat_template": "foo"}, [], 2, "chat_template: 'foo' is not known. Accepted: auto, chatml, or a Jinja template"),
+        ({"models": [{"model": "other"}]}, [], 3, "other: its tokenizer has other tokens than that of base (such as 'x', 'y')"),
+        ({"subspace": {"output": "adapter"}}, [], 2, "subspace.output is adapter, and a is a whole model"),
+        ({"models": [{"model": "lora"}], "subspace": {"output": "adapter"}}, ["--device", "cuda"], 2, "merged on the CPU"),
+        (
+            {"models": [{"model": "lora"}], "subspace": {"output": "adapter", "adapter": {"method": "knots"}}}, [], 2,
+            "method: knots goes with merge_method: knots",
+        ),
+        (
+            {"models": [{"model": "tv.safetensors"}], "subspace": {"output": "adapter"}}, [], 2,
+            "the update of 'lm_head.weight' is dense, so that it has no rank of its own",
+        ),
+        (
+            {"models": [{"model": "tv.safetensors"}], "subspace": {"output": "adapter", "adapter": {"rank": 2}}}, [], 3,
+            "'model.layers.0.input_layernorm.weight' [16] is changed, and LoRA has no layer for it",
+        ),
+        ({"models": [{"model": "head"}], "subspace": {"output": "adapter"}}, [], 3, "none of the models changes a weight"),
+        ({}, ["--device", "foo"], 2, "--device foo: torch cannot use it here"),
+        ({}, ["--device", "meta"], 2, "--device meta: torch cannot use it here"),
+        ({}, ["a/out"], 4, "is, holds or lies in the model a"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_refuses_what_the_merge_refuses(
+    command: Command, change: dict[str, Any], arguments: list[str], code: int, message: str
+) -> None:
+    write(Path("other"), read(Path("a")))
+    for name, tokens in (("base", {"y": 0}), ("other", {"x": 0})):
+        Path(name, "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}))
+    assert command("extract", "a", "lora", "--base", "base", "--rank", "2", "-q")[0] == 0
+    assert command("extract", "a", "tv.safetensors", "--base", "base", "--task-vector", "-q")[0] == 0
+    Path("head").mkdir()
+    save_file({"base_model.model.lm_head.weight": read(Path("a"))["lm_head.weight"]}, "head/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["x"], "modules_to_save": ["lm_head"]}
+    Path("head/adapter_config.json").write_text(json.dumps(config))
+    table = {"merge_method": "linear", "base_model": "base", "models": [{"model": "a"}], **change}
+    Path("recipe.yaml").write_text(yaml.safe_dump(table))
+    where = arguments if arguments == ["a/out"] else ["out", *arguments]
+    before = _everything()
+    for more in ([], ["--dry-run"]):
+        found, _, err = command("merge", "recipe.yaml", *where, *more)
+        assert (found, err.count("Error: ")) == (code, 1), err
+        assert message in err
+    assert _everything() == before
 
 
 def test_a_merge_imports_neither_peft_nor_transformers(command: Command, tmp_path: Path) -> None:
