@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -10,6 +9,7 @@ import threading
 from pathlib import Path
 
 from ..task_vectors.errors import OutputError
+from ..task_vectors.places import disk_error
 from .layout import Layout, Shard
 
 PIECE = 2**22
@@ -35,10 +35,8 @@ class OutputFiles:
         """
         file, start = self.layout.places[name]
         view = memoryview(data).cast("B")
-        done = 0
         try:
-            while done < len(view):
-                done += os.pwrite(self._shards[file].file, view[done:], start + offset + done)
+            _write_all(self._shards[file].file, view, start + offset)
         except OSError as error:
             raise disk_error(self.folder / file, error) from error
         self._shards[file].written(start + offset, view)
@@ -61,6 +59,12 @@ class OutputFiles:
             os.close(shard.file)
 
 
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):  # the system may take a part, as it does where the disk ends
+        done += os.pwrite(file, data[done:], offset + done)
+
+
 class _Growing:
     """One file, and the hash of its beginning."""
 
@@ -75,7 +79,7 @@ class _Growing:
         self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             os.ftruncate(self.file, shard.size)  # not fallocate: its blocks make each first write ten times dearer on ext4
-            os.pwrite(self.file, shard.header, 0)
+            _write_all(self.file, memoryview(shard.header), 0)
             self.written(0, memoryview(shard.header))
         except OSError as error:
             os.close(self.file)
@@ -124,15 +128,6 @@ class _Growing:
         finally:
             os.close(self.file)
         return self._digest.hexdigest()
-
-
-def disk_error(path: Path, error: OSError) -> OutputError:
-    """What went wrong with a file that is written, in words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{path}: the disk is full. Free some space, then go on with --resume.")
-    if error.errno == errno.EFBIG:
-        return OutputError(f"{path}: the system allows no file of this size (ulimit -f). Set a smaller --shard-size.")
-    return OutputError(f"{path}: cannot be written: {error.strerror or error}.")
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.cli.app import run as command
-from peft_subspace.merging import execute, files, merge
+from peft_subspace.merging import execute, files, merge, verify
 from peft_subspace.merging.journal import Journal
 from peft_subspace.merging.methods.registry import Parameter, get, names
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
@@ -144,6 +145,102 @@ def test_a_disk_that_fills_up(small_disk: Path, tmp_path: Path) -> None:
     whole = merge(recipe(tmp_path), tmp_path / "whole")
     assert contents(out) == contents(whole)
     assert len(models) == 4
+
+
+def no_space() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_after(patch: pytest.MonkeyPatch, call: str, times: int) -> None:
+    """The system's call fails from then on, as it does on a full disk; the last one before writes a part."""
+    real, left = getattr(os, call), [times]
+
+    def limited(file: int, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise no_space()
+        if left[0] == 0 and arguments:
+            data, *more = arguments
+            return real(file, data[: len(data) // 2], *more)
+        return real(file, *arguments)
+
+    patch.setattr(os, call, limited)
+
+
+@pytest.mark.parametrize(
+    ("call", "times"), [("pwrite", 1), ("pwrite", 6), ("write", 2), ("write", 5), ("fsync", 0), ("fsync", 2)]
+)
+def test_a_merge_on_a_full_disk_is_said_and_goes_on(call: str, times: int, tmp_path: Path) -> None:
+    """Tensors are written with pwrite, the journal with write; fsync is where some file systems say it."""
+    trio(tmp_path)
+    expected = contents(merge(recipe(tmp_path), tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        full_after(patch, call, times)
+        with pytest.raises(OutputError, match=r"out\.partial.*: the disk is full\. Free some space, then go on with --resume"):
+            merge(recipe(tmp_path), tmp_path / "out", threads=1)
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.partial", "out.partial.journal"]
+    assert contents(merge(recipe(tmp_path), tmp_path / "out", resume=True)) == expected
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
+
+
+class Narrow:
+    """A file that takes so many bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.file.write(view[: self.room])
+        self.room -= len(view)
+        if self.room < 0:
+            raise no_space()
+        return len(view)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Narrow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 100, 1000])
+@pytest.mark.parametrize("command", ["model", "adapter", "task vector", "lora"])
+def test_small_files_on_a_full_disk(command: str, room: int, zoo: Path, tmp_path: Path) -> None:
+    """What is written in one go leaves nothing; the merge of a model can go on."""
+    from peft_subspace.task_vectors import extract, writing
+    from peft_subspace.task_vectors.task_vector import TaskVector
+
+    def narrow(path: Path, *more: Any) -> Any:
+        file = open(path, *more)  # noqa: SIM115 - it is closed as the real one is
+        return Narrow(file, room) if "w" in "".join(more) else file
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        with narrow(path, "wb") as file:
+            file.write(data)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "model": lambda: merge(recipe(zoo), tmp_path / "out"),
+        "adapter": lambda: merge({**recipe(zoo, models=""), **lora}, tmp_path / "out"),
+        "task vector": lambda: TaskVector.open(zoo / "a", zoo / "base").save(tmp_path / "out.safetensors"),
+        "lora": lambda: extract.extract_lora(str(zoo / "a"), str(zoo / "base"), tmp_path / "out", rank=2),
+    }
+    lora = {"models": [{"model": str(zoo / "lora")}], "subspace": {"output": "adapter"}}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (files, writing):
+            patch.setattr(module, "open", narrow, raising=False)
+        patch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(OutputError, match=r"the disk is full|No space left on device"):
+            calls[command]()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == ({"out.partial", "out.partial.journal"} if command == "model" else set())
+    if command == "model":
+        merge(recipe(zoo), tmp_path / "out", resume=True)
+        verify(tmp_path / "out")
 
 
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
