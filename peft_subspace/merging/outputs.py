@@ -96,7 +96,8 @@ def tokenizer_files(recipe: Recipe, base: Source | None, sources: Sequence[Sourc
     folders = {str(s.reference): s.full.folder for s in [base, *sources] if s is not None and s.full is not None}
     if source == "union":
         raise RecipeError(
-            "tokenizer_source: union is not supported: embeddings are merged by row. Accepted: base, or a model's name."
+            "tokenizer_source: union is not supported: row i of an embedding is merged with row i. Accepted: base, or a "
+            "model's name; put models with other tokens on one tokenizer first."
         )
     if source in (None, "base"):
         full = (base or sources[0]).full
