@@ -45,8 +45,7 @@ def check_adapter_place(out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
     if not (out / ADAPTER_CONFIG).is_file():
         raise OutputError(
-            f"{out}: --overwrite replaces adapters, and it is none: it has no {ADAPTER_CONFIG}. Choose another folder, or "
-            f"remove it yourself."
+            f"{out}: --overwrite replaces adapters, and it is none: it has no {ADAPTER_CONFIG}. Choose another folder."
         )
 
 
