@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -47,9 +48,19 @@ def run(arguments: list[str]) -> int:
             raise
         console.fail(f"{error.filename or ''}: {error.strerror or error}.".removeprefix(": "))
         return 4
+    except RuntimeError as error:
+        if os.environ.get("PEFT_SUBSPACE_DEBUG") or not _is_of_lapack(error):
+            raise
+        console.fail(f"a matrix cannot be decomposed; a model has values that are NaN, infinite or too large: {error}")
+        return 3
     except MemoryError:
         console.fail("not enough memory. Use fewer --threads; methods that work on matrices need the largest tensor whole.")
         return 4
+
+
+def _is_of_lapack(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # a command that never imported it did not get it from there
+    return torch is not None and isinstance(error, torch.linalg.LinAlgError)
 
 
 def _version(show: bool) -> None:
@@ -84,6 +95,8 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Merge models or adapters by a recipe."""
+    from ..merging.early import check_before_merging
+    from ..merging.outputs import side_files
     from ..merging.planner import make_plan
     from ..merging.recipe import load_recipe, with_shard_size
     from ..merging.run import merge as merge_recipe
@@ -118,6 +131,9 @@ def merge(
 
         workers = threads or default_threads()
         if dry_run:
+            check_before_merging(plan, out, device)
+            if found.subspace.output == "model":
+                side_files(plan)
             if not quiet:
                 describe(plan, workers)
             return
@@ -176,7 +192,9 @@ def extract(
     """Make a LoRA adapter or a task-vector file out of a fine-tuned model and its base."""
     from ..task_vectors.errors import OutputError, RecipeError
     from ..task_vectors.extract import extract_lora
+    from ..task_vectors.models import open_source, without_base
     from ..task_vectors.pickles import pickles_allowed
+    from ..task_vectors.places import keep_inputs
     from ..task_vectors.task_vector import TaskVector
 
     if task_vector and (rank is not None or energy is not None):
@@ -187,7 +205,9 @@ def extract(
                 raise RecipeError(f"{out}: a task vector is one file; give a name that ends in .safetensors.")
             if out.exists() and not overwrite:
                 raise OutputError(f"{out}: is there already. Choose another name, or pass --overwrite.")
-            vector = TaskVector.open(model, base)
+            sources = open_source(model), open_source(base)
+            keep_inputs(out, (part for source in sources for part in source.checkpoints))
+            vector = TaskVector.of_source(without_base(*sources), sources[1])
             vector.save(out)
             console.say(f"{out}: {len(vector)} tensors, {console.size(out.stat().st_size)}, norm {vector.norm():.4g}.", quiet)
             return
@@ -256,10 +276,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Turn an adapter of this package into plain LoRA, which serving engines read: the same update, no SVD."""
-    from ..task_vectors.errors import OutputError
     from .exporting import export_lora
 
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
-    export_lora(adapter, out, base)
+    export_lora(adapter, out, base, overwrite)
     console.say(f"{out}: a LoRA adapter for plain PEFT.", quiet)

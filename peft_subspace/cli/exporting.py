@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 from ..task_vectors.errors import InputError, OutputError
-from ..task_vectors.references import locate
+from ..task_vectors.places import check_adapter_place, keep_named, put_in_place
+from ..task_vectors.references import Reference, locate
 from ..task_vectors.sources import ADAPTER_CONFIG, read_json
 
 _CLASSES = {
@@ -21,13 +22,14 @@ _CLASSES = {
 }
 
 
-def export_lora(adapter: str, out: Path, base: str | None) -> None:
+def export_lora(adapter: str, out: Path, base: str | None, overwrite: bool = False) -> None:
     """Load an adapter on its base and write it as LoRA.
 
     Raises:
         InputError: no adapter, no base, a base of another shape, or an update that LoRA cannot express; names the layer.
-        OutputError: `out` cannot be written.
+        OutputError: `out` is there, is, holds or lies in something that the adapter needs, or cannot be written.
     """
+    check_adapter_place(out, overwrite)
     folder, _ = locate(adapter, None)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{adapter}: has no {ADAPTER_CONFIG}.")
@@ -37,6 +39,7 @@ def export_lora(adapter: str, out: Path, base: str | None) -> None:
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise InputError(f"{adapter}: its config does not name the base model; give it with --base.")
+    keep_named(out, [Reference(os.fspath(folder)), Reference(str(name)), *_vectors(config)])
     import peft
     import transformers
 
@@ -54,17 +57,25 @@ def export_lora(adapter: str, out: Path, base: str | None) -> None:
             wrapped = peft.PeftModel.from_pretrained(model, os.fspath(folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{adapter} on {name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    partial = out.with_name(out.name + ".partial")
     try:
-        save_as_lora(wrapped, partial)
-        shutil.rmtree(out, ignore_errors=True)
-        os.rename(partial, out)
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
+            made = Path(scratch) / "adapter"
+            try:
+                save_as_lora(wrapped, made)
+            except ValueError as error:
+                raise InputError(f"{adapter}: {error}") from error
+            put_in_place(made, out, overwrite)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise InputError(f"{adapter}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _vectors(config: dict[str, Any]) -> list[Reference]:
+    """The task vectors that an adapter composes, and their base."""
+    pool = config.get("pool")
+    found = [config.get("base"), *(pool.values() if isinstance(pool, dict) else [])]
+    named = [{key: part for key, part in one.items() if key != "base"} if isinstance(one, dict) else one for one in found]
+    return [Reference.parse(one) for one in named if one]
 
 
 def _class_of(config: dict[str, Any], base: str) -> str:

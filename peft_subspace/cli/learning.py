@@ -15,7 +15,7 @@ from . import console
 
 def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool) -> None:
     """Print what would be learned. Needs no torch, but to look for a device."""
-    from ..merging.early import check_before_learning
+    from ..merging.early import check_before_learning, check_tasks
     from ..merging.learn_options import lines
     from ..merging.parameters import check_parameters
 
@@ -23,6 +23,7 @@ def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool
     assert recipe.base_model is not None
     assert recipe.subspace.learn is not None
     check_before_learning(recipe, out, device)
+    check_tasks(recipe)
     vectors = vectors_of(recipe)
     texts = lines(recipe.subspace.learn, vectors)
     console.say(f"Method   {recipe.merge_method} ({recipe.method.reference}), learned first", quiet)

@@ -35,6 +35,9 @@ def show_weights(checkpoint: Checkpoint, plot: Path | None, quiet: bool) -> None
         model = cls.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from error
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"{folder}: {name!r} has values that are NaN or infinite, and so no singular values.")
     spectra = _spectra(model)
     if not quiet:
         Console().print(spectrum_table(spectra))

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import triton_kernels
+from .choices import CONSTRAINTS as CONSTRAINTS
+from .choices import Constraint as Constraint
 from .groups import Groups
 from .low_rank import plain_backward
 
 CHUNK = 2**19  # values at a time: few calls, and what is converted to float32 for one of them stays near the core
-
-Constraint = Literal["nonnegative", "softmax"]
-CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 
 PullBack = Callable[[Tensor], Sequence[Tensor | None]]
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_PARTS = 256  # a part's number is kept in one byte
+from .choices import MAX_PARTS as MAX_PARTS
+
 CHUNK = 2**18
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from ..task_vectors.adapters import PEFT_PREFIX
 from ..task_vectors.deltas import LowRank
 from ..task_vectors.errors import InputError, OutputError, RecipeError
 from ..task_vectors.lora_files import (
-    is_adaptable,
     json_bytes,
     lora_config,
     lora_tensors,
@@ -27,20 +26,19 @@ from ..task_vectors.lora_files import (
     truncated,
 )
 from ..task_vectors.models import Given
+from ..task_vectors.places import put_in_place, sync_folder
 from ..task_vectors.reading import read_tensor
 from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .early import check_adapters
+from .adapter_ways import Way, by_product, check_way, is_brought
 from .execute import Settings, merged_tensor, whole_model_passes
-from .files import put_in_place, sync_folder, write_synced
-from .inputs import finite
+from .files import write_synced
+from .inputs import decomposing, finite
 from .manifest import MANIFEST, make_manifest
 from .methods.loop import Job, Part, settle
 from .outputs import RECIPE_FILE, card
 from .plan import Plan, TensorPlan
 
-Way = Literal["cat", "exact", "dense", "knots"]
 REPORT = "merge_report.json"
-SUMS = ("linear", "task_arithmetic")  # methods that are a weighted sum of the deltas
 
 
 @dataclass
@@ -77,103 +75,13 @@ def merge_adapters(
         for tensor in plan.tensors:
             if tensor.action == "merge":
                 _one(plan, tensor, way, result)
-            elif tensor.base is not None and _is_brought(plan, tensor):
+            elif tensor.base is not None and is_brought(plan, tensor):
                 assert tensor.base.values is not None
                 result.saved[tensor.name] = read_tensor(tensor.base.values)
             if progress is not None:
                 progress(tensor.nbytes)
-        _check_whole(plan, set(result.saved))
-        if not result.factors:
-            raise InputError("none of the models changes a weight, so there is no adapter to write.")
         _write(plan, result, out, overwrite, hash_inputs)
     return out
-
-
-def _is_brought(plan: Plan, tensor: TensorPlan) -> bool:
-    """Whether a tensor that is not merged is no tensor of the base: a new head, or a module that was trained whole."""
-    assert plan.reference.full is not None
-    assert tensor.base is not None
-    return plan.reference.full.tensors.get(tensor.name) != tensor.base.values
-
-
-def _known(plan: Plan) -> set[str]:
-    assert plan.reference.full is not None
-    return set(plan.reference.full.tensors)
-
-
-def _check_whole(plan: Plan, saved: set[str]) -> None:
-    """`modules_to_save` of PEFT are whole modules; a trained bias alone is none."""
-    for name in saved & _known(plan):
-        module = name.rpartition(".")[0] + "."
-        lacks = sorted(other for other in _known(plan) - saved if other.startswith(module))
-        if lacks:
-            raise InputError(
-                f"{name!r} is changed and {lacks[0]!r} is not: LoRA has no layer for it, and PEFT saves modules as a whole. "
-                f"Use `output: model`."
-            )
-
-
-def check_way(plan: Plan) -> Way:
-    """How a plan's adapters are merged; all that headers tell about what cannot be is said here.
-
-    Raises:
-        RecipeError: a model that is no adapter, a way to merge that does not fit the method, a rank that is missing.
-        InputError: a tensor that LoRA has no layer for.
-    """
-    way, options = _way(plan), plan.recipe.subspace.adapter
-    for tensor in plan.tensors:
-        changed = tensor.action == "merge" and any(model.headers for model in tensor.models)
-        if not changed or any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
-            continue
-        if not is_adaptable(tensor.name, tensor.shape):
-            raise InputError(
-                f"{tensor.name!r} {list(tensor.shape)} is changed, and LoRA has no layer for it. Use `output: model`."
-            )
-        if _by_product(way, tensor) and not (options.rank or options.energy) and _is_dense(tensor):
-            raise RecipeError(
-                f"the update of {tensor.name!r} is dense, so that it has no rank of its own: set `subspace: {{adapter: {{rank: "
-                f"16}}}}`, or an energy."
-            )
-    return way
-
-
-def _by_product(way: Way, tensor: TensorPlan) -> bool:
-    """Whether an update is computed whole; KnOTS is defined on matrices."""
-    return way == "dense" or (way == "knots" and len(tensor.shape) != 2)
-
-
-def _way(plan: Plan) -> Way:
-    recipe = plan.recipe
-    check_adapters(plan.names, plan.sources)
-    asked = recipe.subspace.adapter.method
-    merged = [tensor for tensor in plan.tensors if tensor.action == "merge"]
-    sums = recipe.merge_method in SUMS and not any(
-        float(model.get("density", 1.0)) < 1 for tensor in merged for model in tensor.per_model
-    )
-    sums = sums or (plan.learned is not None and all(t.learned is not None and t.learned.is_sum for t in merged))
-    if asked == "knots" and recipe.merge_method != "knots":
-        raise RecipeError("subspace.adapter.method: knots goes with merge_method: knots.")
-    if asked in ("cat", "exact") and not sums:
-        raise RecipeError(
-            f"subspace.adapter.method: {asked} is for weighted sums (linear, or task_arithmetic without density, or "
-            f"coefficients by block). Use `dense` with {recipe.merge_method}."
-        )
-    full = next((tensor.name for tensor in plan.tensors if _is_dense(tensor)), None)
-    if asked in ("cat", "exact", "knots") and full is not None:
-        raise RecipeError(
-            f"subspace.adapter.method: {asked} is for updates of low rank, and that of {full!r} is dense (masked, of "
-            f"DoRA, of a stack of experts or of a dense task vector). Use `dense`, with a rank or an energy."
-        )
-    if asked in ("cat", "exact"):
-        return "cat" if asked == "cat" else "exact"
-    if recipe.merge_method == "knots" and asked != "dense" and full is None:
-        return "knots"
-    return "exact" if sums and asked is None and full is None else "dense"
-
-
-def _is_dense(tensor: TensorPlan) -> bool:
-    """Whether one of the updates of a tensor has no factors, or loses them by a mask."""
-    return tensor.mask is not None or any(not isinstance(delta, LowRank) for model in tensor.models for delta in model.deltas)
 
 
 def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
@@ -182,21 +90,36 @@ def _one(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> None:
     if any(model.values is not None for model in tensor.models):  # a module that an adapter has whole
         result.saved[tensor.name] = merged_tensor(plan, tensor, reduced=result.reduced).float()
         return
-    options = plan.recipe.subspace.adapter
-    if _by_product(way, tensor):
-        delta = merged_tensor(plan, tensor, True, result.reduced).reshape(tensor.shape[0], -1).float()
-        rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
-        left, right, discarded = truncated(delta, rank, options.energy)
-    else:
-        factors, weights = ([_knots(plan, tensor)], [1.0]) if way == "knots" else _stacked(plan, tensor)
-        if way == "cat" or (way == "knots" and not options.rank and not options.energy):
-            (left, right), discarded = stack(factors, weights), 0.0
-        else:
-            left, right, discarded = truncate_sum(factors, weights, rank=options.rank, energy=options.energy)
+    with decomposing(tensor.name, f"the way {way}"):
+        left, right, discarded = _factors(plan, tensor, way, result)
     if not finite(left) or not finite(right):
-        raise InputError(f"{tensor.name!r}: the merged update has values that are NaN or infinite.")
+        raise _not_finite(tensor)
     result.factors[tensor.name] = (left, right)
     result.report[tensor.name] = {"rank": left.shape[1], "relative_error": relative_error(discarded, 1.0)}
+
+
+def _not_finite(tensor: TensorPlan) -> InputError:
+    return InputError(
+        f"{tensor.name!r}: the merged update has values that are NaN or infinite, of which there are no factors. Use undamaged "
+        f"models, or other weights."
+    )
+
+
+def _factors(plan: Plan, tensor: TensorPlan, way: Way, result: _Result) -> tuple[Tensor, Tensor, float]:
+    """left, right of the merged update, and the share of its squared norm that they leave out."""
+    options = plan.recipe.subspace.adapter
+    if by_product(way, tensor):
+        delta = merged_tensor(plan, tensor, True, result.reduced).reshape(tensor.shape[0], -1).float()
+        rank = options.rank if options.rank or options.energy else max(_rank(model) for model in tensor.models)
+        if not finite(delta):
+            raise _not_finite(tensor)
+        return truncated(delta, rank, options.energy)
+    factors, weights = ([_knots(plan, tensor)], [1.0]) if way == "knots" else _stacked(plan, tensor)
+    if not all(finite(factor) for pair in factors for factor in pair):
+        raise _not_finite(tensor)
+    if way == "cat" or (way == "knots" and not options.rank and not options.energy):
+        return *stack(factors, weights), 0.0
+    return truncate_sum(factors, weights, rank=options.rank, energy=options.energy)
 
 
 def _rank(given: Given) -> int:
@@ -211,6 +134,8 @@ def _knots(plan: Plan, tensor: TensorPlan) -> tuple[Tensor, Tensor]:
     for model in tensor.models:
         own = [delta.factors(read_tensor) for delta in model.deltas if isinstance(delta, LowRank)]
         own = own or [(torch.zeros(tensor.shape[0], 1), torch.zeros(1, tensor.shape[1]))]
+        if not all(finite(factor) for pair in own for factor in pair):
+            raise _not_finite(tensor)
         factors.append((torch.cat([left for left, _ in own], 1), torch.cat([right for _, right in own])))
     nothing = Part(None, ())  # factors are merged without the tensor
     semantics = plan.recipe.subspace.semantics

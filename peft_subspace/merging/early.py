@@ -8,22 +8,29 @@ from pathlib import Path
 
 from ..task_vectors.errors import InputError, OutputError, RecipeError, sentence
 from ..task_vectors.models import Source, open_source, without_base
+from ..task_vectors.places import keep_inputs
+from ..task_vectors.readers import read_adapter
 from ..task_vectors.sources import Checkpoint
+from ..task_vectors.validate import match_names
+from .adapter_ways import check_learned_way, check_way
+from .learn_data import check_data
 from .learn_options import TaskOptions, data_place, vector_names
+from .outputs import tokenizer_files
+from .plan import Plan
 from .recipe import Recipe
 
 
 def partial_path(out: Path) -> Path:
     """Where a result is while it is not whole."""
-    return _beside(out, ".partial")
+    return _next_to(out, ".partial")
 
 
 def learned_path(out: Path) -> Path:
     """Where the adapter of a result that learns is."""
-    return _beside(out, ".learned")
+    return _next_to(out, ".learned")
 
 
-def _beside(out: Path, ending: str) -> Path:
+def _next_to(out: Path, ending: str) -> Path:
     if not out.name or out.name == "..":
         raise OutputError(f"{str(out)!r} is not a name for a new folder.")
     return out.with_name(out.name + ending)
@@ -36,28 +43,36 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # a meta device makes tensors, and has no values
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
         raise RecipeError(f"--device {device}: torch cannot use it here: {sentence(str(error).splitlines()[0])}") from error
 
 
-def keep_inputs(out: Path, parts: Iterable[Checkpoint]) -> None:
-    """A folder that is written must not take the place of a model that it is made from, nor lie inside of one."""
-    place = Path(os.path.realpath(out))
-    for part in parts:
-        folder = Path(os.path.realpath(part.path))
-        if folder == place or place in folder.parents or folder in place.parents:
-            raise OutputError(f"{out}: is, holds or lies in the model {part.name}. Choose another folder.")
+# Before merging ----------------------------------------------------------------------------------------------------------
 
 
-def check_adapters(names: Iterable[str], sources: Iterable[Source]) -> None:
-    """Raise a RecipeError for a whole model among those that are to be merged into an adapter."""
-    for name, source in zip(names, sources, strict=True):
-        if source.full is not None:
-            raise RecipeError(
-                f"subspace.output is adapter, and {name} is a whole model. Merge into a model, and make an adapter of it with "
-                f"`peft-subspace extract`."
-            )
+def check_before_merging(plan: Plan, out: Path | None, device: str) -> None:
+    """What can be told of a plan before anything is made, but for the files beside the weights (`outputs.side_files`).
+
+    Args:
+        plan: the merge.
+        out: the result; None if it is not known yet.
+        device: where to compute.
+
+    Raises:
+        RecipeError: a device that cannot be used; adapters that cannot be merged into one.
+        InputError: tensors that an adapter cannot have.
+        OutputError: `out` is, holds or lies in a model.
+    """
+    if out is not None:
+        for place in (out, partial_path(out)):
+            keep_inputs(place, plan.checkpoints)
+    if plan.recipe.subspace.output != "adapter":
+        check_device(device)
+        return
+    if device != "cpu":
+        raise RecipeError(f"--device {device}: adapters are small and merged on the CPU; leave it out.")
+    check_way(plan)
 
 
 # Before learning ---------------------------------------------------------------------------------------------------------
@@ -89,7 +104,9 @@ def check_before_learning(recipe: Recipe, out: Path | None, device: str) -> None
             f"config.json and its tokenizer too. Name the folder."
         )
     if recipe.subspace.output == "adapter":
-        check_adapters(map(str, models), sources)
+        check_learned_way(recipe, base.full, sources)
+    elif recipe.subspace.output == "model":
+        tokenizer_files(recipe, base, sources)  # what the merge would refuse when all is learned
     names = vector_names(models)
     heads = [head for task in options.tasks if (head := _head(task, base.full, names)) is not None]
     for task in options.tasks:
@@ -122,6 +139,42 @@ def _head(task: TaskOptions, base: Checkpoint, names: list[str]) -> Source | Non
     if task.answers is None and task.name not in names and not any("Classification" in str(name) for name in made_as):
         raise no_head(task, base.name, names)
     return None
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Look at data and heads of the tasks, for a dry run; learning itself sees all of them, and `--resume` may do without.
+
+    Raises:
+        RecipeError: a column that the data lack.
+        InputError: a head in a model all of whose tensors are the base's, and the base is an encoder.
+    """
+    options, base = recipe.subspace.learn, recipe.base_model
+    assert options is not None
+    assert base is not None
+    for task in options.tasks:
+        check_data(task)
+    encoder = open_source(base).full
+    made_as = [] if encoder is None else encoder.config.get("architectures") or []
+    if encoder is None or not made_as or any("Classification" in str(name) for name in made_as):
+        return
+    models = [entry.model for entry in recipe.merged_models]
+    own = dict(zip(vector_names(models), models, strict=True))
+    for task in options.tasks:
+        reference = task.head or own.get(task.name)
+        if task.answers is None and reference is not None and not _beside(encoder, open_source(reference)):
+            raise InputError(
+                f"task {task.name!r}: {reference} has no head: it has no tensors beside those of {encoder.name}. Write "
+                f"`head: MODEL`, a model or a .safetensors file with one."
+            )
+
+
+def _beside(encoder: Checkpoint, source: Source) -> bool:
+    """Whether a model brings tensors that an encoder does not have."""
+    for part in source.checkpoints:
+        tensors = read_adapter(part).saved if part.kind == "adapter" else part.tensors if part.kind == "model" else {}
+        if len(match_names(tensors, encoder.tensors, part.name)) < len(tensors):
+            return True
+    return False
 
 
 def no_head(task: TaskOptions, base: str, names: Iterable[str]) -> RecipeError:

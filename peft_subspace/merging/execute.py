@@ -22,7 +22,7 @@ from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.headers import ITEM_SIZES, TensorHeader
 from ..task_vectors.reading import DTYPES, Reader, read_tensor
 from .files import OutputFiles
-from .inputs import Stopped, TensorInputs, check_finite, finite
+from .inputs import Stopped, TensorInputs, check_finite, decomposing, finite
 from .journal import Journal, crc_of
 from .methods.loop import TILE, Job, map_tensor, reduce_tensors
 from .plan import CHUNK, HELD, Plan, TensorPlan
@@ -208,7 +208,8 @@ class _Run:
                 yield start, part.base
             return
         job = self.job(tensor, source, as_delta)
-        yield from map_tensor(job, reduce_tensors([job]) if self.reduced is None else self.reduced)
+        with decomposing(tensor.name, self.plan.method.name):
+            yield from map_tensor(job, reduce_tensors([job]) if self.reduced is None else self.reduced)
 
     def inputs(self, tensor: TensorPlan, reader: Reader) -> TensorInputs:
         """What is read for one tensor."""

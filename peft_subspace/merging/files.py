@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -10,6 +9,7 @@ import threading
 from pathlib import Path
 
 from ..task_vectors.errors import OutputError
+from ..task_vectors.places import disk_error
 from .layout import Layout, Shard
 
 PIECE = 2**22
@@ -35,10 +35,8 @@ class OutputFiles:
         """
         file, start = self.layout.places[name]
         view = memoryview(data).cast("B")
-        done = 0
         try:
-            while done < len(view):
-                done += os.pwrite(self._shards[file].file, view[done:], start + offset + done)
+            _write_all(self._shards[file].file, view, start + offset)
         except OSError as error:
             raise disk_error(self.folder / file, error) from error
         self._shards[file].written(start + offset, view)
@@ -61,6 +59,12 @@ class OutputFiles:
             os.close(shard.file)
 
 
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):  # the system may take a part, as it does where the disk ends
+        done += os.pwrite(file, data[done:], offset + done)
+
+
 class _Growing:
     """One file, and the hash of its beginning."""
 
@@ -75,7 +79,7 @@ class _Growing:
         self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             os.ftruncate(self.file, shard.size)  # not fallocate: its blocks make each first write ten times dearer on ext4
-            os.pwrite(self.file, shard.header, 0)
+            _write_all(self.file, memoryview(shard.header), 0)
             self.written(0, memoryview(shard.header))
         except OSError as error:
             os.close(self.file)
@@ -126,15 +130,6 @@ class _Growing:
         return self._digest.hexdigest()
 
 
-def disk_error(path: Path, error: OSError) -> OutputError:
-    """What went wrong with a file that is written, in words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{path}: the disk is full. Free some space, then go on with --resume.")
-    if error.errno == errno.EFBIG:
-        return OutputError(f"{path}: the system allows no file of this size (ulimit -f). Set a smaller --shard-size.")
-    return OutputError(f"{path}: cannot be written: {error.strerror or error}.")
-
-
 def write_synced(path: Path, content: bytes) -> None:
     """Write a small file and put it on the disk."""
     try:
@@ -158,34 +153,3 @@ def begin_folder(partial: Path, keep: bool) -> None:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(partial, error) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Put the names in a folder on the disk."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def put_in_place(made: Path, out: Path, overwrite: bool) -> None:
-    """Rename a finished folder to its final name; what is there goes only when it may, and only then.
-
-    Raises:
-        OutputError: something is there, or the folder cannot be renamed.
-    """
-    try:
-        if out.exists() and overwrite and any(out.iterdir() if out.is_dir() else [out]):
-            old = out.with_name(out.name + ".replaced")
-            shutil.rmtree(old, ignore_errors=True)  # of an earlier attempt that was killed right here
-            os.rename(out, old)
-            os.rename(made, out)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            if out.exists():
-                out.rmdir()
-            os.rename(made, out)
-        sync_folder(out.absolute().parent)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be put in place of {made}: {error.strerror or error}.") from error

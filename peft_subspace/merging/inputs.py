@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -68,12 +70,33 @@ class TensorInputs:
 
 
 def check_finite(plan: Plan, values: Tensor, tensor: TensorPlan, owner: str) -> None:
-    """Raise an InputError for values that are NaN or infinite, unless the recipe allows them."""
-    if values.is_floating_point() and plan.recipe.subspace.non_finite == "error" and not finite(values):
+    """Raise an InputError for values that are NaN or infinite, unless the recipe allows them and the method can take them."""
+    decomposed = tensor.action == "merge" and plan.method.kind_for(tensor.options) == "matrix"
+    if not values.is_floating_point() or (plan.recipe.subspace.non_finite == "allow" and not decomposed) or finite(values):
+        return
+    found = f"{owner}: {tensor.name!r} has values that are NaN or infinite"
+    if decomposed:
         raise InputError(
-            f"{owner}: {tensor.name!r} has values that are NaN or infinite. Use an undamaged model, or write "
-            f"`subspace: {{non_finite: allow}}`."
+            f"{found}, and {plan.method.name} works on whole matrices, which one such value spoils. Use an undamaged model, or "
+            f"a method that works entry by entry, such as task_arithmetic or ties."
         )
+    raise InputError(f"{found}. Use an undamaged model, or write `subspace: {{non_finite: allow}}`.")
+
+
+@contextlib.contextmanager
+def decomposing(name: str, method: str) -> Iterator[None]:
+    """Values that are finite can still be too large for a decomposition: say so, with the tensor's name.
+
+    Raises:
+        InputError: in place of LAPACK's.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise InputError(
+            f"{name!r}: {method} cannot decompose it: its values, weights or statistics are too large, NaN, or of a matrix "
+            f"that has no inverse ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def finite(values: Tensor) -> bool:

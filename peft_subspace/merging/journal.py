@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..task_vectors.errors import OutputError
+from ..task_vectors.places import disk_error
 
 
 class Journal:
@@ -62,8 +63,11 @@ class Journal:
 
     def _append(self, text: str) -> None:
         data = memoryview(text.encode())
-        while data:
-            data = data[os.write(self._file, data) :]
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            raise disk_error(self.path, error) from error
 
     def close(self, remove: bool = False) -> None:
         """Let go of the lock, and take the file away if the merge is whole."""

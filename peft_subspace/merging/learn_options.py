@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.references import Reference
-from .learn_fields import check_fields, template_parts
+from .learn_fields import ELSEWHERE, check_fields, template_parts
 from .strict import Strict
 
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -160,11 +160,12 @@ class LearnOptions(Strict):
         return table
 
 
-def check_learning(learn: LearnOptions, method: str, base: Reference | None, models: int) -> None:
+def check_learning(learn: LearnOptions, method: str, base: Reference | None, models: list[Reference]) -> None:
     """What a learn block needs of the rest of its recipe.
 
     Raises:
-        ValueError: no base or models; a field of `config` that the method does not have, with the nearest one.
+        ValueError: no base or models; a field of `config` that the method does not have, with the nearest one, or that does not
+            fit (`check_fields`).
     """
     if base is None or not models:
         raise ValueError("subspace.learn needs a base_model, and under `models` the task vectors that are combined")
@@ -172,11 +173,13 @@ def check_learning(learn: LearnOptions, method: str, base: Reference | None, mod
     if known is None:
         raise ValueError(f"subspace.learn learns {' and '.join(CONFIGS)}, not merge_method {method!r}; give it as `learned`")
     for name in learn.config:
+        if name in ELSEWHERE:
+            raise ValueError(f"subspace.learn.config: {name!r} is not written here: {ELSEWHERE[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(known)}"
             raise ValueError(f"subspace.learn.config: unknown key {name!r}; {hint}")
-    check_fields(learn.config)
+    check_fields(learn.config, method, vector_names(models))
     if method == "concrete" and learn.config.get("granularity") == "rank":
         raise ValueError(
             "subspace.learn.config: a mask of directions (granularity: rank) cannot be merged by; use element, row or column"

@@ -9,8 +9,8 @@ A further learned method is one file in `methods/` and one row in the catalogue:
 
 - `Method(..., learned="module:function")`. The adapter's `peft_type` is the method's name in capitals.
 - `function(learned, block, base) -> LearnedTensor` is called for every tensor that the adapter changes: `learned` is the
-  opened adapter, `block` what its config's `provenance["blocks"]` says about that tensor, `base` where the base's tensor lies.
-  It reads headers only.
+  opened adapter, `block` what its config's `provenance["blocks"]` says about that tensor, and under `parameter` the name that
+  the vectors have it by; `base` is where the base's tensor lies. It reads headers only.
 - `LearnedTensor.open()` gives the kernel what it needs, as `Inputs.learned`: values in memory, or something that reads a range
   at a time (a mask of the weight's size: `Reader.stored(header, inputs.start, stop, slot)`). Passes see it too.
 - The kernel gets tau_k in the order of the adapter's vectors, and returns the merged delta (`acts_on="delta"`).
@@ -274,7 +274,11 @@ def learned_tensors(
             f"leaves alone, load the adapter with PEFT and call merge_and_unload."
         )
     _check_values(learned, names, known)
-    found = {names[name]: make(learned, entry, known[names[name]]) for name, entry in blocks.items() if name in names}
+    found = {
+        names[name]: make(learned, {"parameter": entry.get("tied", name), **entry}, known[names[name]])
+        for name, entry in blocks.items()
+        if name in names
+    }
     return LearnedTensors(found, {names.get(name, name): header for name, header in whole.items()})
 
 

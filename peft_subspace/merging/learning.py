@@ -21,6 +21,7 @@ from .._version import __version__
 from ..task_vectors.errors import InputError, OutputError, RecipeError
 from ..task_vectors.models import open_source
 from ..task_vectors.references import Reference
+from .adapter_ways import check_way
 from .early import check_before_learning, learned_path, partial_path
 from .files import begin_folder, write_synced
 from .learn_options import vector_names
@@ -178,8 +179,6 @@ def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, dev
             built.model.save_pretrained(folder)
             plan = make_plan(replay)  # what could not be merged afterwards is said now
             if recipe.subspace.output == "adapter":
-                from .adapters_out import check_way
-
                 check_way(plan)
         given = MergeArguments(
             mask_steps=options.steps, mask_lr=options.mask_lr, inner_lr=options.inner_lr, coefficient_steps=options.steps,

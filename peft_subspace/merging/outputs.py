@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.headers import FLOAT_DTYPES
+from ..task_vectors.models import Source
 from ..task_vectors.references import HUB_ID, Reference, locate
 from ..task_vectors.sources import read_json
 from .files import write_synced
 from .plan import Plan
+from .recipe import Recipe
 
 RECIPE_FILE = "merge_recipe.yaml"
 CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -44,7 +47,7 @@ def side_files(plan: Plan) -> dict[str, bytes]:
             files[name] = _small(reference.folder / name)
     if "config.json" in files:
         files["config.json"] = _config(read_json(reference.folder / "config.json"), plan)
-    files.update(_tokenizer(plan))
+    files.update(tokenizer_files(plan.recipe, plan.base, plan.sources))
     if plan.layout.index is not None:
         files["model.safetensors.index.json"] = plan.layout.index
     files[RECIPE_FILE] = plan.recipe.to_yaml().encode()
@@ -82,15 +85,23 @@ def _config(config: dict[str, Any], plan: Plan) -> bytes:
     return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _tokenizer(plan: Plan) -> dict[str, bytes]:
-    source = plan.recipe.tokenizer_source
-    folders = {str(s.reference): s.full.folder for s in [plan.base, *plan.sources] if s is not None and s.full is not None}
+def tokenizer_files(recipe: Recipe, base: Source | None, sources: Sequence[Source]) -> dict[str, bytes]:
+    """Name -> content of the files of the tokenizer, with the chat template.
+
+    Raises:
+        RecipeError: `tokenizer_source` or `chat_template` says something that is not known.
+        InputError: a model that is not there, or models with different tokens, and the recipe does not say whose to take.
+    """
+    source = recipe.tokenizer_source
+    folders = {str(s.reference): s.full.folder for s in [base, *sources] if s is not None and s.full is not None}
     if source == "union":
         raise RecipeError(
-            "tokenizer_source: union is not supported: embeddings are merged by row. Accepted: base, or a model's name."
+            "tokenizer_source: union is not supported: row i of an embedding is merged with row i. Accepted: base, or a "
+            "model's name; put models with other tokens on one tokenizer first."
         )
     if source in (None, "base"):
-        chosen = plan.reference.full.folder if plan.reference.full else Path()
+        full = (base or sources[0]).full
+        chosen = full.folder if full else Path()
     elif source in folders:
         chosen = folders[source]
     else:
@@ -99,7 +110,7 @@ def _tokenizer(plan: Plan) -> dict[str, bytes]:
     files = {name: _small(chosen / name) for name in TOKENIZER_FILES if (chosen / name).is_file()}
     if source is None:
         _check_vocabularies(chosen, folders)
-    template = _chat_template(plan.recipe.chat_template, list(folders.values()))
+    template = _chat_template(recipe.chat_template, list(folders.values()))
     if template is not None:
         _set_template(files, template)
     return files

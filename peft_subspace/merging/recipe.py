@@ -185,7 +185,7 @@ class Recipe(Strict):
                 "subspace.learned merges by what was learned, and subspace.learn learns it anew: leave one of them"
             )
         if learn is not None:
-            check_learning(learn, self.merge_method, self.base_model, len(self.merged_models))
+            check_learning(learn, self.merge_method, self.base_model, [entry.model for entry in self.merged_models])
         if method.learned:
             if self.subspace.align is not None:
                 raise ValueError("subspace.align changes the models, and what was learned belongs to them as they are")

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.errors import OutputError, RecipeError
+from ..task_vectors.errors import OutputError
+from ..task_vectors.places import put_in_place, sync_folder
 from .ahead import Ahead
-from .early import check_device, keep_inputs, partial_path
-from .files import OutputFiles, begin_folder, put_in_place, sync_folder, write_synced
+from .early import check_before_merging, partial_path
+from .files import OutputFiles, begin_folder, write_synced
 from .journal import Journal
 from .manifest import MANIFEST, make_manifest
 from .outputs import RECIPE_FILE, card, side_files, write_side_files
@@ -67,14 +68,11 @@ def merge(
             found = learn(found, out, resume=resume, overwrite=overwrite, device=device)
             device = "cpu" if found.subspace.output == "adapter" else device  # it was for the learning
         plan = make_plan(found)
-    keep_inputs(out, plan.checkpoints)
+    check_before_merging(plan, out, device)
     if plan.recipe.subspace.output == "adapter":
-        if device != "cpu":
-            raise RecipeError(f"--device {device}: adapters are small and merged on the CPU; leave it out.")
         from .adapters_out import merge_adapters
 
         return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
-    check_device(device)
     partial = _prepare(out, resume, overwrite)
     if partial is None:
         return out

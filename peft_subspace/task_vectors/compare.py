@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .deltas import columns_of
+from .errors import InputError
 from .headers import TensorHeader
 from .reading import read_tensor
 from .task_vector import TaskVector, count_conflicts
@@ -99,6 +100,9 @@ def compare(
         names: what they are called.
         spectrum: take the singular values of every matrix too, which needs it whole.
         progress: called with bytes that were looked at (4 per value of a tensor).
+
+    Raises:
+        InputError: with `spectrum`, a matrix with values that are NaN or infinite, which has no singular values.
     """
     found = Comparison(list(names), nonzero=[0] * len(vectors))
     shapes: dict[str, tuple[int, ...]] = {}
@@ -119,7 +123,7 @@ def compare(
         if name in base:
             found.base[block_of(name)] = found.base.get(block_of(name), 0.0) + _squared_norm(base[name])
         if spectrum and len(shape) > 1:
-            found.spectra[name] = [_singular_values(vector, name) for vector in vectors]
+            found.spectra[name] = [_singular_values(one, owner, name) for one, owner in zip(vectors, names, strict=True)]
     return found
 
 
@@ -135,12 +139,18 @@ def _squared_norm(header: TensorHeader) -> float:
     return float(read_tensor(header).double().square().sum())
 
 
-def _singular_values(vector: TaskVector, name: str) -> Tensor:
+def _singular_values(vector: TaskVector, owner: str, name: str) -> Tensor:
     """Of a low-rank delta by QR of its factors, of another by an SVD of the whole."""
     if name not in vector.shapes:
         return torch.zeros(0)
     factors = vector.factors(name)
-    if factors is not None:
-        left, right = torch.linalg.qr(factors[0].double())[1], torch.linalg.qr(factors[1].double().t())[1]
-        return torch.linalg.svdvals(left @ right.t())
-    return torch.linalg.svdvals(vector[name].reshape(-1, columns_of(vector.shapes[name])))
+    matrices = (vector[name].reshape(-1, columns_of(vector.shapes[name])),) if factors is None else factors
+    if not all(bool(matrix.isfinite().all()) for matrix in matrices):
+        raise InputError(
+            f"{owner}: {name!r} has values that are NaN or infinite, and so no singular values. Use an undamaged model, or "
+            f"leave --spectrum out."
+        )
+    if factors is None:
+        return torch.linalg.svdvals(matrices[0])
+    left, right = torch.linalg.qr(factors[0].double())[1], torch.linalg.qr(factors[1].double().t())[1]
+    return torch.linalg.svdvals(left @ right.t())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,6 @@ from torch import Tensor
 from .deltas import columns_of
 from .errors import InputError, OutputError, RecipeError
 from .lora_files import (
-    is_adaptable,
     json_bytes,
     lora_config,
     lora_tensors,
@@ -25,8 +24,10 @@ from .lora_files import (
     truncated,
 )
 from .models import open_source, without_base
+from .places import check_adapter_place, keep_inputs, put_in_place
 from .sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .task_vector import TaskVector
+from .validate import is_adaptable
 
 
 @dataclass
@@ -67,25 +68,26 @@ def extract_lora(
         rank: of every weight; an upper bound with `energy`.
         energy: the smallest rank that keeps this share of the squared norm of each weight. All weights are stored with the
             largest rank, filled with zeros.
-        overwrite: replace `out`.
+        overwrite: replace `out`, if it is an adapter.
         progress: called with bytes of the deltas (4 a value).
 
     Raises:
         RecipeError: neither a rank nor an energy.
         InputError: models that do not fit together, or nothing has changed.
-        OutputError: `out` is there, or cannot be written.
+        OutputError: `out` is there, is, holds or lies in one of the models, or cannot be written.
     """
     if rank is None and energy is None:
         raise RecipeError("give --rank (such as 16), --energy (such as 0.9), or --task-vector.")
     if energy is not None and not 0 < energy <= 1:
         raise RecipeError(f"--energy {energy} is a share of the squared norm: it must be above 0 and at most 1.")
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
+    check_adapter_place(out, overwrite)
     source = open_source(base)
     if source.full is None:
         raise InputError(f"{base} is an adapter or a task vector and no base.")
-    vector = TaskVector.of_source(without_base(open_source(model), source), source)
+    tuned = open_source(model)
+    keep_inputs(out, (*source.checkpoints, *tuned.checkpoints))
+    vector = TaskVector.of_source(without_base(tuned, source), source)
     found = Extraction()
     with torch.inference_mode():
         factors = _factors(vector, rank, energy, found, progress)
@@ -128,16 +130,13 @@ def _factors(
 
 
 def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        os.rename(partial, out)
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
+            made = Path(scratch) / "adapter"
+            made.mkdir()
+            for name, content in files.items():
+                (made / name).write_bytes(content)
+            put_in_place(made, out, overwrite)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -15,6 +15,7 @@ from ..functional.stacked import rank_for_energy
 from .adapters import CONV1D_MODELS, PEFT_PREFIX
 from .headers import ITEM_SIZES, TensorHeader, encode_header
 from .renaming import names_in_memory
+from .validate import is_adaptable
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -31,11 +32,6 @@ _EMBEDDING = re.compile(r"embed_tokens|word_embeddings|position_embeddings|token
 def is_embedding(name: str) -> bool:
     """Whether a weight `[rows, dim]` is looked up by row; seen from its name, for want of the model's code."""
     return bool(_EMBEDDING.search(name.rpartition(".")[0].rpartition(".")[2]))
-
-
-def is_adaptable(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether PEFT's LoRA has a layer for a weight: of a linear layer, an embedding or a convolution."""
-    return name.endswith(".weight") and 2 <= len(shape) <= 5
 
 
 def modules_of(names: Iterable[str], base: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from .deltas import LowRank
 from .errors import InputError
-from .headers import TensorHeader
+from .headers import TensorHeader, read_header
 from .models import A_SUFFIX, B_SUFFIX, Given, Source, given_by, open_source, task_vector_deltas, without_base
 from .readers import read_adapter
 from .reading import GivenReader, Reader, read_tensor
 from .references import Reference
-from .sources import FORMAT_KEY, TASK_VECTOR, is_float
+from .sources import FORMAT_KEY, TASK_VECTOR, fingerprint, is_float
 from .writing import CODES, Entries, write_file
 
 CHUNK = 2**20  # values that are in memory at a time
@@ -32,6 +33,7 @@ class TaskVector:
 
         tau = TaskVector.open("me/llama-math", base="meta/llama") - 0.5 * TaskVector.open("me/llama-rude-lora")
         tau.save("math-not-rude.safetensors")
+        mean = sum([first, second, third]) / 3
 
     Attributes:
         shapes: name of each tensor -> its shape.
@@ -44,6 +46,8 @@ class TaskVector:
     terms: tuple[tuple[float, Mapping[str, Given]], ...]
     base: Mapping[str, TensorHeader] = field(default_factory=dict, repr=False)
     base_name: str = ""
+
+    __array_ufunc__ = None  # a number of numpy leaves the product to us, instead of looking for an array in here
 
     @classmethod
     def open(
@@ -84,21 +88,32 @@ class TaskVector:
         for name, shape in other.shapes.items():
             if shapes.setdefault(name, shape) != shape:
                 raise InputError(f"{name!r} is {list(shapes[name])} in one task vector and {list(shape)} in the other.")
-        if self.base and other.base and self.base != other.base:
+        if self.base and other.base and not _same_base(self.base, other.base):
             raise InputError(
                 f"these task vectors have two bases, {self.base_name!r} and {other.base_name!r}: they cannot be added."
             )
         return TaskVector(shapes, self.terms + other.terms, self.base or other.base, self.base_name or other.base_name)
 
+    def __radd__(self, other: int) -> TaskVector:
+        """0 + tau, with which `sum` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __sub__(self, other: TaskVector) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
         return self + -1.0 * other
 
     def __mul__(self, factor: float) -> TaskVector:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        if isinstance(factor, bool) or not isinstance(factor, Real):  # numpy's numbers are some, too
             return NotImplemented
-        return replace(self, terms=tuple((weight * factor, given) for weight, given in self.terms))
+        return replace(self, terms=tuple((weight * float(factor), given) for weight, given in self.terms))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> TaskVector:
+        if isinstance(divisor, bool) or not isinstance(divisor, Real):
+            return NotImplemented
+        return replace(self, terms=tuple((weight / float(divisor), given) for weight, given in self.terms))
 
     def __neg__(self) -> TaskVector:
         return -1.0 * self
@@ -217,6 +232,17 @@ def count_conflicts(vectors: Sequence[Tensor]) -> tuple[int, int]:
     positive = sum(((values > 0).to(torch.int16) for values in vectors), torch.zeros((), dtype=torch.int16))
     negative = sum(((values < 0).to(torch.int16) for values in vectors), torch.zeros((), dtype=torch.int16))
     return int(((positive > 0) & (negative > 0)).sum()), int((positive + negative > 1).sum())
+
+
+def _same_base(mine: Mapping[str, TensorHeader], theirs: Mapping[str, TensorHeader]) -> bool:
+    """Whether two bases are one, whatever they are called: the same files, or copies of them by their fingerprints."""
+    if mine.keys() != theirs.keys():
+        return False
+    pairs = [(one, theirs[name]) for name, one in mine.items()]
+    if any((one.shape, one.dtype, one.offset) != (other.shape, other.dtype, other.offset) for one, other in pairs):
+        return False
+    files = {(one.path, other.path) for one, other in pairs if one.path != other.path}
+    return all(one.samefile(other) or fingerprint(read_header(one)) == fingerprint(read_header(other)) for one, other in files)
 
 
 def _reference(name: Any) -> Reference:

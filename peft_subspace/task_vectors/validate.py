@@ -148,3 +148,8 @@ def declared_base(checkpoint: Checkpoint) -> str | None:
     key = "base_model_name_or_path" if checkpoint.kind == "adapter" else "_name_or_path"
     value = checkpoint.config.get(key)
     return value if isinstance(value, str) and value else None
+
+
+def is_adaptable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether PEFT's LoRA has a layer for a weight: of a linear layer, an embedding or a convolution."""
+    return name.endswith(".weight") and 2 <= len(shape) <= 5

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..merging.learn_data import check_columns, text_columns
 from ..merging.learn_fields import template_parts
 from ..merging.learn_options import FILES, TaskOptions, data_place
 from ..task_vectors.errors import InputError, RecipeError
@@ -54,22 +55,9 @@ def load_rows(task: TaskOptions) -> Any:
                 f"task {task.name!r}: {task.data} has no split {task.split!r}. Accepted: {', '.join(sorted(rows))}."
             )
         rows = rows[task.split]
-    wanted = {key: column for key in ("image", "label") if (column := getattr(task, key)) is not None}
-    for key, column in [*wanted.items(), *(("text", column) for column in text_columns(task))]:
-        if column not in rows.column_names:
-            raise RecipeError(
-                f"task {task.name!r}: {place} has no column {column!r} ({key}). Accepted: {', '.join(rows.column_names)}."
-            )
-    return rows.select_columns(sorted({*wanted.values(), *text_columns(task)}))
-
-
-def text_columns(task: TaskOptions) -> list[str]:
-    """The columns that a task's texts are made of."""
-    if isinstance(task.text, list):
-        return task.text
-    if task.text is None:
-        return []
-    return [name for _, name in template_parts(task.text) if name] if "{" in task.text else [task.text]
+    check_columns(task, rows.column_names)
+    own = (column for column in (task.image, task.label) if column is not None)
+    return rows.select_columns(sorted({*own, *text_columns(task)}))
 
 
 @dataclass

@@ -12,12 +12,13 @@ from peft import get_peft_model
 
 from ..adapters import AtlasConfig, ConcreteConfig
 from ..merging.early import no_head
+from ..merging.learn_data import text_columns
 from ..merging.learn_options import TaskOptions
 from ..merging.recipe import Recipe
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.references import Reference, locate
 from .recipe_models import head_logits, load_base, own_logits, positions_of, set_pad
-from .recipe_rows import LABELS, Inputs, Rows, text_columns
+from .recipe_rows import LABELS, Inputs, Rows
 from .tasks import Logits, Task, token_logits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from peft_subspace.cli.app import run
 from tests.merging.tiny import contents, read, recipe, trio, write
@@ -140,6 +142,64 @@ def test_a_dry_run_imports_nothing_heavy_and_the_package_is_whole_when_it_is_use
     assert printed[-2:] == ["code 0 imported []", "FloraConfig True"]
 
 
+def test_a_dry_run_of_adapters_imports_nothing_heavy_either(command: Command, tmp_path: Path) -> None:
+    command("extract", "a", "lora", "--base", "base", "--rank", "2", "-q")
+    table = {"merge_method": "linear", "base_model": "base", "models": [{"model": "lora"}], "subspace": {"output": "adapter"}}
+    Path("adapter.yaml").write_text(yaml.safe_dump(table))
+    printed = run_python(START, tmp_path, "merge", "adapter.yaml", "--dry-run").splitlines()
+    assert printed[-2:] == ["code 0 imported []", "FloraConfig True"]
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "code", "message"),
+    [
+        ({"tokenizer_source": "union"}, [], 2, "tokenizer_source: union is not supported"),
+        ({"tokenizer_source": "nobody/at all"}, [], 3, "'nobody/at all': there is no such folder"),
+        ({"chat_template": "foo"}, [], 2, "chat_template: 'foo' is not known. Accepted: auto, chatml, or a Jinja template"),
+        ({"models": [{"model": "other"}]}, [], 3, "other: its tokenizer has other tokens than that of base (such as 'x', 'y')"),
+        ({"subspace": {"output": "adapter"}}, [], 2, "subspace.output is adapter, and a is a whole model"),
+        ({"models": [{"model": "lora"}], "subspace": {"output": "adapter"}}, ["--device", "cuda"], 2, "merged on the CPU"),
+        (
+            {"models": [{"model": "lora"}], "subspace": {"output": "adapter", "adapter": {"method": "knots"}}}, [], 2,
+            "method: knots goes with merge_method: knots",
+        ),
+        (
+            {"models": [{"model": "tv.safetensors"}], "subspace": {"output": "adapter"}}, [], 2,
+            "the update of 'lm_head.weight' is dense, so that it has no rank of its own",
+        ),
+        (
+            {"models": [{"model": "tv.safetensors"}], "subspace": {"output": "adapter", "adapter": {"rank": 2}}}, [], 3,
+            "'model.layers.0.input_layernorm.weight' [16] is changed, and LoRA has no layer for it",
+        ),
+        ({"models": [{"model": "head"}], "subspace": {"output": "adapter"}}, [], 3, "none of the models changes a weight"),
+        ({}, ["--device", "foo"], 2, "--device foo: torch cannot use it here"),
+        ({}, ["--device", "meta"], 2, "--device meta: torch cannot use it here"),
+        ({}, ["a/out"], 4, "is, holds or lies in the model a"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_refuses_what_the_merge_refuses(
+    command: Command, change: dict[str, Any], arguments: list[str], code: int, message: str
+) -> None:
+    write(Path("other"), read(Path("a")))
+    for name, tokens in (("base", {"y": 0}), ("other", {"x": 0})):
+        Path(name, "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}))
+    assert command("extract", "a", "lora", "--base", "base", "--rank", "2", "-q")[0] == 0
+    assert command("extract", "a", "tv.safetensors", "--base", "base", "--task-vector", "-q")[0] == 0
+    Path("head").mkdir()
+    save_file({"base_model.model.lm_head.weight": read(Path("a"))["lm_head.weight"]}, "head/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["x"], "modules_to_save": ["lm_head"]}
+    Path("head/adapter_config.json").write_text(json.dumps(config))
+    table = {"merge_method": "linear", "base_model": "base", "models": [{"model": "a"}], **change}
+    Path("recipe.yaml").write_text(yaml.safe_dump(table))
+    where = arguments if arguments == ["a/out"] else ["out", *arguments]
+    before = _everything()
+    for more in ([], ["--dry-run"]):
+        found, _, err = command("merge", "recipe.yaml", *where, *more)
+        assert (found, err.count("Error: ")) == (code, 1), err
+        assert message in err
+    assert _everything() == before
+
+
 def test_a_merge_imports_neither_peft_nor_transformers(command: Command, tmp_path: Path) -> None:
     printed = run_python(START, tmp_path, "merge", "recipe.yaml", "out", "-q").splitlines()
     assert printed[0] == "code 0 imported ['torch', 'numpy']"
@@ -176,6 +236,98 @@ def test_extract_and_inspect(command: Command) -> None:
         found = command("inspect", "lora", "--plot", wrong)
         assert (found[0], found[1]) == (code, "")  # said before the models are read
         assert message in found[2]
+
+
+def test_what_is_not_a_number_has_no_spectrum(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.pico import MODELS
+
+    model: Any = MODELS["llama"].model()
+    model.save_pretrained("whole")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained("nan")
+    for more in (["--base", "whole"], []):
+        code, out, err = command("inspect", "nan", "--spectrum", *more)
+        assert (code, out) == (3, "")
+        assert "up_proj.weight' has values that are NaN or infinite, and so no singular values" in err
+
+    def fails(*_: Any) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr("peft_subspace.task_vectors.compare._singular_values", fails)
+    code, _, err = command("inspect", "a", "--base", "base", "--spectrum")
+    assert (code, err) == (
+        3,
+        "Error: a matrix cannot be decomposed; a model has values that are NaN, infinite or too large: did not converge\n",
+    )
+
+
+def _everything() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(Path().rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "more", "message"),
+    [
+        ("a", "a", ["--rank", "2"], "a: --overwrite replaces adapters, and it is none"),
+        ("a", "base", ["--rank", "2"], "base: --overwrite replaces adapters, and it is none"),
+        ("a", "a/lora", ["--rank", "2"], "a/lora: is, holds or lies in the model a"),
+        ("all/a", "all", ["--rank", "2"], "all: --overwrite replaces adapters, and it is none"),
+        ("base+lora", "lora", ["--rank", "2"], "lora: is, holds or lies in the model lora"),
+        ("lora", "link", ["--rank", "2"], "link: is, holds or lies in the model lora"),
+        ("a", "notes", ["--rank", "2"], "notes: --overwrite replaces adapters, and it is none"),
+        ("a", "recipe.yaml", ["--rank", "2"], "recipe.yaml: --overwrite replaces adapters, and it is none"),
+        ("c", "c/model.safetensors", ["--task-vector"], "is, holds or lies in the model c"),
+        ("c", "base/new.safetensors", ["--task-vector"], "is, holds or lies in the model base"),
+        ("tv.safetensors", "tv.safetensors", ["--task-vector"], "is, holds or lies in the model tv.safetensors"),
+    ],
+)
+def test_extract_never_replaces_its_inputs(command: Command, model: str, out: str, more: list[str], message: str) -> None:
+    assert command("extract", "a", "lora", "--base", "base", "--rank", "2", "-q")[0] == 0
+    assert command("extract", "a", "tv.safetensors", "--base", "base", "--task-vector", "-q")[0] == 0
+    write(Path("all/a"), read(Path("a")))
+    Path("all/thesis.tex").write_text("x")
+    Path("notes").mkdir()
+    Path("notes/diary").write_text("x")
+    Path("link").symlink_to("lora")
+    before = _everything()
+    code, _, err = command("extract", model, out, "--base", "base", "--overwrite", *more)
+    assert code == 4
+    assert re.search(message, err), err
+    assert _everything() == before
+
+
+def test_extract_replaces_an_adapter(command: Command) -> None:
+    for rank in ("2", "3"):
+        assert command("extract", "a", "lora", "--base", "base", "--rank", rank, "--overwrite", "-q") == (0, "", "")
+        assert json.loads(Path("lora/adapter_config.json").read_text())["r"] == int(rank)
+    assert not [path.name for path in Path().glob("*lora*") if path.name != "lora"]
+
+
+def test_export_never_replaces_its_inputs(command: Command) -> None:
+    import peft
+
+    import peft_subspace
+    from tests.pico import MODELS
+
+    pico = MODELS["llama"]
+    pico.model().save_pretrained("llama")
+    wrapped = peft.get_peft_model(pico.model(), peft_subspace.FloraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.save_pretrained("flora")
+    wrapped.save_pretrained("all/flora")
+    Path("all/adapter_config.json").write_text("{}")
+    before = _everything()
+    for adapter, out in (("flora", "flora"), ("flora", "llama"), ("all/flora", "all"), ("flora", "flora/lora")):
+        code, _, err = command("export", adapter, out, "--base", "llama", "--overwrite")
+        assert code == 4
+        assert "is, holds or lies in the model" in err or "--overwrite replaces adapters" in err
+        assert _everything() == before
+    assert command("export", "flora", "lora", "--base", "llama")[0] == 0
+    assert command("export", "flora", "lora", "--base", "llama", "--overwrite")[0] == 0
+    Path("flora/adapter_config.json").write_text(
+        json.dumps({**json.loads(Path("flora/adapter_config.json").read_text()), "pool": {"x": "lora"}})
+    )
+    code, _, err = command("export", "flora", "lora", "--base", "llama", "--overwrite")
+    assert (code, "lora: is, holds or lies in the model lora" in err) == (4, True)
 
 
 def test_export(command: Command, tmp_path: Path) -> None:

@@ -164,6 +164,43 @@ def test_groups_of_a_range_are_those_of_the_whole(axis: int, swapped: int) -> No
     assert torch.equal(groups.part(37, 101, device), whole[37:101])
 
 
+def edit(path: Path, **fields: Any) -> None:
+    """Change an adapter's config as another version, or a hand, would."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("fields", [{}, {"constraint": "nonnegative"}, {"granularity": "row"}])
+def test_vectors_that_a_block_leaves_out_stay_out(fields: dict[str, Any], tmp_path: Path) -> None:
+    """A file may have numbers for them, which the adapter does not use."""
+    selected = {"model.layers.0.mlp.up_proj.weight": ["whole"], "model.layers.1.self_attn.q_proj.weight": ["lora0", "file"]}
+    if "granularity" in fields:
+        fields = {**fields, "exclude_modules": ["embed_tokens", "lm_head"]}
+    learn(tmp_path, "llama", selected={**selected, "model.norm.weight": []}, **fields)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(values, 0.7) for name, values in load_file(file).items()}, file, metadata={"format": "pt"})
+    base = type(MODELS["llama"].model()).from_pretrained(tmp_path / "base")  # type: ignore[attr-defined]
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()  # type: ignore[operator]
+    found = read(merge(recipe(tmp_path), tmp_path / "out"))
+    compare(tmp_path, merged, found)
+    assert torch.equal(found["model.norm.weight"], read(tmp_path / "base")["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"constraint": "bogus"}, r"constraint: 'bogus', which is not known. Accepted: null, 'nonnegative', 'softmax'"),
+        ({"nonnegative": True}, r"nonnegative: true, of an older version.* now `constraint: \"nonnegative\"`"),
+    ],
+)
+def test_constraints_that_are_not_known_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    learn(tmp_path, "llama")
+    edit(tmp_path / "adapter" / "adapter_config.json", **fields)
+    with pytest.raises(InputError, match=message):
+        make_plan(make_recipe(recipe(tmp_path)))
+    edit(tmp_path / "adapter" / "adapter_config.json", constraint="nonnegative", nonnegative=False)
+    assert make_plan(make_recipe(recipe(tmp_path))).learned is not None  # nonnegative: false says nothing
+
+
 # Outputs -----------------------------------------------------------------------------------------------------------------
 
 

@@ -12,20 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers as tf
 import yaml
 from accelerate.state import AcceleratorState
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.cli import run
 from peft_subspace.merging import make_plan, merge, verify
+from peft_subspace.merging.learn_data import check_data
 from peft_subspace.merging.learn_fields import TYPES, check_fields
-from peft_subspace.merging.learn_options import CONFIGS
+from peft_subspace.merging.learn_options import CONFIGS, TaskOptions
 from peft_subspace.merging.recipe import make_recipe
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
+from peft_subspace.task_vectors.task_vector import TaskVector
 from peft_subspace.training import MergeTrainer
 from tests.merging.learn_cases import (
     CLASSES,
@@ -426,6 +430,18 @@ def test_what_headers_tell_is_refused_before_anything_is_written(
         (recipe(tmp_path, tasks=[{**one, "name": "c"}]), "out", [], 2, r"task 'c': which head\? .* Write `head: MODEL`"),
         ({**recipe(tmp_path), "base_model": f"{base}/model.safetensors"}, "out", [], 2, r"base_model: \S+ is not the folder"),
         (recipe(tmp_path), "a.jsonl", ["--overwrite"], 4, r"is or holds the data of the task 'a'"),
+        ({**recipe(tmp_path), "tokenizer_source": "union"}, "out", [], 2, r"tokenizer_source: union is not supported"),
+        ({**recipe(tmp_path), "chat_template": "foo"}, "out", [], 2, r"chat_template: 'foo' is not known"),
+        (recipe(tmp_path), "out", ["--device", "meta"], 2, r"--device meta: torch cannot use it here"),
+        (
+            recipe(tmp_path, tasks=[{**one, "text": "txt"}]),
+            "out",
+            [],
+            2,
+            r"has no column 'txt' \(text\)\. Accepted: text, label",
+        ),
+        (recipe(tmp_path, tasks=[{**one, "label": "kind"}]), "out", [], 2, r"a\.jsonl has no column 'kind' \(label\)"),
+        (recipe(tmp_path, config={"init": {"typo": 0.3}}), "out", [], 2, r"init: 'typo': no task vector is called so"),
     ]
     path, before = tmp_path / "recipe.yaml", {file: file.stat().st_size for file in tmp_path.rglob("*")}
     for table, out, more, code, message in cases:
@@ -435,6 +451,78 @@ def test_what_headers_tell_is_refused_before_anything_is_written(
             assert re.search(message, capsys.readouterr().err)
     path.unlink()
     assert {file: file.stat().st_size for file in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json", "folder"])
+def test_a_column_that_is_missing_is_seen_in_a_dry_run(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a list of rows in .json it is not; those are read when one learns."""
+    classifiers(tmp_path)
+    task = {"name": "a", "data": str(tmp_path / f"data.{kind}"), "text": ["text", "label"]}
+    if kind in ("jsonl", "csv"):
+        write_rows(tmp_path, "data", 0, kind)
+    else:
+        rows = datasets.Dataset.from_list(rows_of(0))
+        if kind == "json":
+            Path(task["data"]).write_text(json.dumps(rows_of(0)))
+        elif kind == "parquet":
+            rows.to_parquet(task["data"])
+        else:
+            rows.save_to_disk(task["data"])
+    for text, code in ((["text", "label"], 0), (["text", "lost"], 0 if kind == "json" else 2)):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tmp_path, tasks=[{**task, "text": text}])))
+        assert run(["merge", str(tmp_path / "recipe.yaml"), "--dry-run", "--quiet"]) == code
+    assert ("has no column 'lost' (text). Accepted: text, label." in capsys.readouterr().err) == (kind != "json")
+
+
+def test_a_row_may_leave_a_column_out(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "x"}\n\n{"text": "y", "label": 1}\n')
+    task = TaskOptions(name="x", data=str(tmp_path / "x.jsonl"), text="text", label="label")
+    check_data(task)
+    with pytest.raises(RecipeError, match="has no column 'kind'"):
+        check_data(task.model_copy(update={"label": "kind"}))
+
+
+def test_a_head_that_is_none_is_seen_in_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifiers(tmp_path, lora=True)
+    one = labelled(tmp_path)[0]
+    shutil.copytree(tmp_path / "b", tmp_path / "bare")
+    weights = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    bare = {name: values for name, values in weights.items() if "classifier" not in name}
+    save_file(bare, tmp_path / "bare" / "adapter_model.safetensors")
+    heads = {"base": 3, "bare": 3, "a": 0, "b": 0, "head.safetensors": 0}
+    write_head(tmp_path, 3)
+    for name, code in heads.items():
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tmp_path, tasks=[{**one, "head": str(tmp_path / name)}])))
+        assert run(["merge", str(tmp_path / "recipe.yaml"), "--dry-run", "--quiet"]) == code, name
+        assert (f"{name} has no head: it has no tensors beside those of" in capsys.readouterr().err) == (code != 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "adapter", "model", "message"),
+    [
+        ("atlas", {"granularity": "row"}, {"method": "exact"}, "b", r"exact is for weighted sums"),
+        ("atlas", {}, {"method": "knots"}, "b", r"knots goes with merge_method: knots"),
+        ("atlas", {}, {"method": "cat"}, "dense.safetensors", r"cat is for updates of low rank"),
+        ("atlas", {}, {}, "dense.safetensors", r"is dense, so that it has no rank of its own"),
+        ("concrete", {}, {"method": "cat"}, "b", r"cat is for weighted sums"),
+        ("concrete", {}, {}, "dense.safetensors", r"is dense, so that it has no rank of its own"),
+        ("atlas", {}, {"method": "cat"}, "b", ""),
+        ("atlas", {}, {"rank": 2}, "dense.safetensors", ""),
+        ("concrete", {}, {}, "b", ""),
+    ],
+)
+def test_an_adapter_of_what_will_be_learned(
+    method: str, config: dict[str, Any], adapter: dict[str, Any], model: str, message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    classifiers(tmp_path, lora=True)
+    TaskVector.open(tmp_path / "a", tmp_path / "base").save(tmp_path / "dense.safetensors")
+    task = {"name": "b", "data": str(tmp_path / "b.jsonl"), "text": "text", "head": str(tmp_path / "b")}
+    table = {**recipe(tmp_path, method, tasks=[task], config=config), "models": [{"model": str(tmp_path / model)}]}
+    table["subspace"] |= {"output": "adapter", "adapter": adapter}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(table))
+    assert run(["merge", str(tmp_path / "recipe.yaml"), "--dry-run", "--quiet"]) == (2 if message else 0)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_an_adapter_that_cannot_be_written_is_refused_before_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,6 +568,6 @@ def test_the_keys_of_config_are_those_of_the_adapter(method: str, config: Any) -
     own = {field.name for field in dataclasses.fields(config)}
     assert set(CONFIGS[method]) <= own
     assert set(CONFIGS[method]) <= set(TYPES)
-    check_fields({field.name: getattr(config(), field.name) for field in dataclasses.fields(config) if field.name in TYPES})
+    check_fields({f.name: getattr(config(), f.name) for f in dataclasses.fields(config) if f.name in TYPES}, method, ())
     parent = {field.name for field in dataclasses.fields(config.__mro__[1])}
     assert own - parent - set(CONFIGS[method]) <= {"seed", "train_mask"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
+from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.cli.app import run as command
-from peft_subspace.merging import execute, files, merge
+from peft_subspace.merging import execute, files, merge, verify
 from peft_subspace.merging.journal import Journal
 from peft_subspace.merging.methods.registry import Parameter, get, names
-from peft_subspace.task_vectors.errors import InputError, OutputError
+from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
 from tests.merging import crashes
-from tests.merging.tiny import contents, recipe, trio, write
+from tests.merging.tiny import as_module, contents, recipe, trio, write
 
 
 def test_killed_at_any_point_and_resumed_it_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -143,6 +147,102 @@ def test_a_disk_that_fills_up(small_disk: Path, tmp_path: Path) -> None:
     assert len(models) == 4
 
 
+def no_space() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_after(patch: pytest.MonkeyPatch, call: str, times: int) -> None:
+    """The system's call fails from then on, as it does on a full disk; the last one before writes a part."""
+    real, left = getattr(os, call), [times]
+
+    def limited(file: int, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise no_space()
+        if left[0] == 0 and arguments:
+            data, *more = arguments
+            return real(file, data[: len(data) // 2], *more)
+        return real(file, *arguments)
+
+    patch.setattr(os, call, limited)
+
+
+@pytest.mark.parametrize(
+    ("call", "times"), [("pwrite", 1), ("pwrite", 6), ("write", 2), ("write", 5), ("fsync", 0), ("fsync", 2)]
+)
+def test_a_merge_on_a_full_disk_is_said_and_goes_on(call: str, times: int, tmp_path: Path) -> None:
+    """Tensors are written with pwrite, the journal with write; fsync is where some file systems say it."""
+    trio(tmp_path)
+    expected = contents(merge(recipe(tmp_path), tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        full_after(patch, call, times)
+        with pytest.raises(OutputError, match=r"out\.partial.*: the disk is full\. Free some space, then go on with --resume"):
+            merge(recipe(tmp_path), tmp_path / "out", threads=1)
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.partial", "out.partial.journal"]
+    assert contents(merge(recipe(tmp_path), tmp_path / "out", resume=True)) == expected
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
+
+
+class Narrow:
+    """A file that takes so many bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.file.write(view[: self.room])
+        self.room -= len(view)
+        if self.room < 0:
+            raise no_space()
+        return len(view)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Narrow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 100, 1000])
+@pytest.mark.parametrize("command", ["model", "adapter", "task vector", "lora"])
+def test_small_files_on_a_full_disk(command: str, room: int, zoo: Path, tmp_path: Path) -> None:
+    """What is written in one go leaves nothing; the merge of a model can go on."""
+    from peft_subspace.task_vectors import extract, writing
+    from peft_subspace.task_vectors.task_vector import TaskVector
+
+    def narrow(path: Path, *more: Any) -> Any:
+        file = open(path, *more)  # noqa: SIM115 - it is closed as the real one is
+        return Narrow(file, room) if "w" in "".join(more) else file
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        with narrow(path, "wb") as file:
+            file.write(data)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "model": lambda: merge(recipe(zoo), tmp_path / "out"),
+        "adapter": lambda: merge({**recipe(zoo, models=""), **lora}, tmp_path / "out"),
+        "task vector": lambda: TaskVector.open(zoo / "a", zoo / "base").save(tmp_path / "out.safetensors"),
+        "lora": lambda: extract.extract_lora(str(zoo / "a"), str(zoo / "base"), tmp_path / "out", rank=2),
+    }
+    lora = {"models": [{"model": str(zoo / "lora")}], "subspace": {"output": "adapter"}}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (files, writing):
+            patch.setattr(module, "open", narrow, raising=False)
+        patch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(OutputError, match=r"the disk is full|No space left on device"):
+            calls[command]()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == ({"out.partial", "out.partial.journal"} if command == "model" else set())
+    if command == "model":
+        merge(recipe(zoo), tmp_path / "out", resume=True)
+        verify(tmp_path / "out")
+
+
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     trio(tmp_path, width=64)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -234,6 +334,8 @@ _SUBSPACE = st.fixed_dictionaries(
         "compute_dtype": st.sampled_from(["float32", "float64"]),
         "align": st.sampled_from([None, "weight_matching"]),
         "adapter": st.fixed_dictionaries({}, optional={"rank": st.integers(1, 9), "method": st.sampled_from(_WAYS)}),
+        "learned": st.sampled_from([None, None, None, "atlas", "x"]),
+        "mask": st.sampled_from([None, "concrete", "concrete", "atlas", "x"]),
     },
 )
 _GOOD, _BAD = ["a", "b", "c", "base+lora", "lora", "tv.safetensors"], ["base", "lost", "short", "broken", "nan", "a+lora", "x"]
@@ -276,6 +378,10 @@ def _recipes(draw: st.DrawFn) -> dict[str, Any]:
     table: dict[str, Any] = {"merge_method": method.name, "models": entries, "parameters": some(scopes["global"])}
     table["base_model"] = draw(st.sampled_from(["base"] * 8 + ["a", "lora", "lost", None]))
     table["subspace"] = draw(st.one_of(st.just({}), _SUBSPACE))
+    if method.learned:
+        table["subspace"]["learned"] = draw(st.sampled_from([method.name] * 6 + [f"{method.name}-nan", "lora", "x"]))
+        listed = st.sampled_from([[], [], [{"model": name} for name in ("a", "tv.safetensors", "lora")], entries])
+        table["models"] = draw(listed)
     if draw(st.booleans()):
         table["out_dtype"] = draw(st.sampled_from(["float16", "bfloat16", "float32", "int8"]))
     return {key: value for key, value in table.items() if value is not None}
@@ -306,7 +412,71 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     statistics |= {name: torch.eye(t.shape[1]) for name, t in models["a"].items() if "q_proj" in name}
     (folder / "statistics.safetensors").write_bytes(safetensors_bytes(statistics, {}))
     (folder / "lora" / "adapter_config.json").write_bytes(json_bytes(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where the recipes are
+        learned_adapters(models["base"])
     return folder
+
+
+def learned_adapters(base: dict[str, torch.Tensor]) -> None:
+    """Adapters with coefficients, and with a mask, of three vectors that the zoo has; and damaged ones."""
+    pool = {"a": "a", "tv": "tv.safetensors", "lora": "lora"}
+    for name, config in {
+        "atlas": AtlasConfig(pool=pool, base="base", init=0.3),
+        "concrete": ConcreteConfig(pool=pool, base="base", coefficients=0.3, target_modules=["q_proj", "down_proj"]),
+    }.items():
+        adapted = get_peft_model(as_module(base), config)
+        adapted.save_pretrained(name)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.reshape(-1)[0] = float("nan")
+        adapted.save_pretrained(f"{name}-nan")
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "knots", "nuslerp"])
+@pytest.mark.parametrize("policy", ["error", "allow"])
+def test_matrix_methods_refuse_what_is_not_a_number(method: str, policy: str, tmp_path: Path) -> None:
+    models = trio(tmp_path)
+    models["a"]["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
+    write(tmp_path / "a", models["a"])
+    table = recipe(tmp_path, method, "ab", subspace={"non_finite": policy})
+    if method == "nuslerp":
+        table["parameters"] = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    message = (
+        rf"/a: 'model\.layers\.0\.mlp\.up_proj\.weight' has values that are NaN .* {method} works on whole .* such as ties"
+    )
+    with pytest.raises(InputError, match=message.replace("such as ties", "such as task_arithmetic or ties")):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    table = {**recipe(tmp_path, "task_arithmetic", "ab"), "subspace": {"non_finite": "allow"}}
+    assert merge(table, tmp_path / "out").is_dir()  # the way out
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "knots"])
+def test_what_cannot_be_decomposed_is_named(method: str, tmp_path: Path) -> None:
+    """Finite values whose weighted differences are not."""
+    models = trio(tmp_path)
+    write(tmp_path / "a", {key: 1e10 * tensor for key, tensor in models["a"].items()})
+    table = recipe(tmp_path, method, "ab", subspace={"base_check": "off"})
+    table["models"][0]["parameters"] = {"weight": 1e38}
+    with pytest.raises(ValueError, match=r"'\S+': (" + method + " cannot decompose it|the merged values do not fit)"):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("adapter", [{"rank": 2}, {}, {"method": "cat"}, {"method": "exact", "energy": 0.9}])
+@pytest.mark.parametrize("method", ["linear", "knots", "ties"])
+def test_an_adapter_of_what_is_not_a_number(method: str, adapter: dict[str, Any], zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "lora", tmp_path / "lora")
+    (file,) = (tmp_path / "lora").glob("*.safetensors")
+    factors = load_file(file)
+    next(iter(factors.values()))[0, 0] = float("nan")
+    save_file(factors, file)
+    table = recipe(zoo, method, "", subspace={"output": "adapter", "adapter": adapter, "non_finite": "allow"})
+    table["models"] = [{"model": str(tmp_path / "lora")}, {"model": str(zoo / "lora")}]
+    with pytest.raises((InputError, RecipeError), match=r"up_proj.* NaN or infinite|adapter\.method"):
+        merge(table, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_no_recipe_ends_in_a_traceback(zoo: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -318,8 +488,11 @@ def test_no_recipe_ends_in_a_traceback(zoo: Path, capfd: pytest.CaptureFixture[s
         for left in zoo.glob("*out*"):  # of an example that failed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         (zoo / "recipe.yaml").write_text(yaml.safe_dump(table))
+        dry = command(["merge", "recipe.yaml", "out", "--quiet", "--dry-run"])
+        capfd.readouterr()
         code = command(["merge", "recipe.yaml", "out", "--quiet"])
         printed = capfd.readouterr()
+        assert dry in (0, code), printed.err  # values may be refused that no header tells
         codes[code] += 1
         assert code in (0, 2, 3), (code, printed.err)
         assert printed.err.count("Error: ") == (code != 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 LAYERS, WIDTH, VOCABULARY = 3, 16, 40
 
@@ -53,6 +53,22 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | Non
         weight_map.update(dict.fromkeys(part, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def as_module(tensors: dict[str, Tensor]) -> nn.Module:
+    """A model with these parameters, to put an adapter on; it cannot be run."""
+    root = nn.Module()
+    for name, values in tensors.items():
+        *path, last, _ = name.split(".")
+        inner = root
+        for part in path:
+            if not hasattr(inner, part):
+                inner.add_module(part, nn.Module())
+            inner = inner.get_submodule(part)
+        layer = nn.Linear(*values.shape[::-1], bias=False) if values.ndim == 2 else nn.LayerNorm(values.shape, bias=False)
+        layer.weight = nn.Parameter(values.clone())
+        inner.add_module(last, layer)
+    return root
 
 
 def read(folder: Path) -> dict[str, Tensor]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from peft_subspace.task_vectors.compare import compare
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
@@ -49,8 +54,20 @@ def test_algebra(tmp_path: Path) -> None:
     assert a.sign_conflict(b) == pytest.approx(((flat_a * flat_b) < 0).double().mean().item())
     assert (0 * a).norm() == 0
     assert (0 * a).cosine(b) == 0
-    with pytest.raises(TypeError):
-        a + 1  # type: ignore[operator]
+    halves = [a / 2, a * np.float32(0.5), np.float64(0.5) * a, a / np.int64(2), 0.5 * a, a * Fraction(1, 2)]
+    for half in halves:
+        assert (half - 0.5 * a).norm() == 0
+    assert (sum([a, b, a]) - (2 * a + b)).norm() == pytest.approx(0, abs=1e-5)
+    assert 0 + a is a
+    wrong: list[Callable[[Any], Any]] = [
+        lambda x: x + 1, lambda x: 1 + x, lambda x: x - 1, lambda x: x * True, lambda x: x * "2", lambda x: x / "2",
+        lambda x: 2 / x, lambda x: x * x,
+    ]  # fmt: skip
+    for operation in wrong:
+        with pytest.raises(TypeError):
+            operation(a)
+    with pytest.raises(ZeroDivisionError):
+        a / 0
 
 
 def test_low_rank_stays_of_low_rank(tmp_path: Path) -> None:
@@ -124,9 +141,22 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         a + other
     with pytest.raises(InputError, match="name the base that it was made from"):
         TaskVector.open(tmp_path / "a")
+    with pytest.raises(InputError, match="two bases"):
+        a - TaskVector.open(tmp_path / "b", tmp_path / "a")  # of the same header
     MODELS["bert"].model().save_pretrained(tmp_path / "bert")
     with pytest.raises(InputError, match=r"none of its \d+ tensors is in"):
         TaskVector.open(tmp_path / "bert", tmp_path / "base")
+
+
+def test_one_base_by_several_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trio(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("base")
+    shutil.copytree("base", "copy")
+    a = TaskVector.open("a", "base")
+    for other in (tmp_path / "base", "./base", "link", "copy", "base/model.safetensors"):
+        both = a + TaskVector.open("b", other)
+        torch.testing.assert_close(both["lm_head.weight"], a["lm_head.weight"] + TaskVector.open("b", "base")["lm_head.weight"])
 
 
 def test_conflicts() -> None:
@@ -162,6 +192,21 @@ def test_compare_is_one_pass_with_the_same_numbers(tmp_path: Path) -> None:
         found.spectra[name][3].float()[:2], torch.linalg.svdvals(vectors[3][name])[:2], rtol=1e-4, atol=1e-5
     )
     assert found.spectra["lm_head.weight"][3].numel() == 0
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_no_spectrum_of_what_is_not_a_number(low_rank: bool, tmp_path: Path) -> None:
+    models = trio(tmp_path)
+    folder = lora(tmp_path / "x", 0) if low_rank else tmp_path / "a"
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(key for key in tensors if "layers.1.mlp.up_proj" in key)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, file)
+    vectors = [TaskVector.open(path, tmp_path / "base") for path in (folder, tmp_path / "b")]
+    with pytest.raises(InputError, match=r"^mine: 'model\.layers\.1\.mlp\.up_proj\.weight' has .* no singular values"):
+        compare(vectors, ["mine", "b"], spectrum=True)
+    assert compare(vectors, ["mine", "b"]).count == sum(t.numel() for t in models["base"].values())
 
 
 # Extraction ----------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from peft_subspace.functional.choices import CONSTRAINTS, Constraint
 from peft_subspace.merging.methods.registry import Inputs
 from peft_subspace.task_vectors.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peft_subspace.functional.composition import Constraint
     from peft_subspace.functional.groups import Groups
     from peft_subspace.merging.learned import Learned
     from peft_subspace.task_vectors.headers import TensorHeader
@@ -45,12 +45,15 @@ class SavedCoefficients:
         shape: of the tensor that they compose, in the file's layout.
         groups: what the adapter's config says about pi; None for one coefficient a vector.
         constraint: of the adapter's config.
+        unused: numbers of the vectors that the adapter does not compose this tensor of (`selected`); whatever the file has
+            for them counts as zero, as in the adapter.
     """
 
     header: TensorHeader
     shape: tuple[int, ...]
     groups: Mapping[str, Any] | None
     constraint: Constraint | None
+    unused: tuple[int, ...] = ()
 
     @property
     def headers(self) -> tuple[TensorHeader, ...]:
@@ -69,6 +72,7 @@ class SavedCoefficients:
         from peft_subspace.task_vectors.reading import read_tensor
 
         values = read_tensor(self.header).float()
+        values[list(self.unused)] = 0.0
         if not bool(values.isfinite().all()):
             raise InputError(f"{self.header.path}: {self.header.name!r} has coefficients that are not finite.")
         values = constrained(values, self.constraint)
@@ -76,7 +80,13 @@ class SavedCoefficients:
 
 
 def saved_coefficients(learned: Learned, block: Mapping[str, Any], base: TensorHeader) -> SavedCoefficients:
-    """Find and check the coefficients of one tensor; see `merging.learned`."""
+    """Find and check the coefficients of one tensor; see `merging.learned`.
+
+    Raises:
+        InputError: coefficients of another shape, or a constraint that is not known here.
+    """
+    selected = (learned.config.get("selected") or {}).get(block["parameter"])
+    unused = [n for n, record in enumerate(learned.records) if selected is not None and record["name"] not in selected]
     header, groups = learned.tensor(block["coefficients"]), block.get("groups")
     expected = (len(learned.records), *(() if groups is None else (groups["count"],)))
     if header.shape != expected:
@@ -84,7 +94,23 @@ def saved_coefficients(learned: Learned, block: Mapping[str, Any], base: TensorH
             f"{learned.checkpoint.name}: {header.name!r} is {list(header.shape)}, and {list(expected)} is expected, "
             f"one row for each task vector. Save the adapter again."
         )
-    return SavedCoefficients(header, base.shape, groups, learned.config.get("constraint"))
+    return SavedCoefficients(header, base.shape, groups, _constraint(learned), tuple(unused))
+
+
+def _constraint(learned: Learned) -> Constraint | None:
+    """What the adapter's config says about its coefficients; a replay that left it out would be another model."""
+    if learned.config.get("nonnegative"):
+        raise InputError(
+            f"{learned.checkpoint.name}: its config has nonnegative: true, of an older version. The field is now `constraint: "
+            f'"nonnegative"`: write that in its place into adapter_config.json.'
+        )
+    constraint: Constraint | None = learned.config.get("constraint")
+    if constraint not in (None, *CONSTRAINTS):
+        raise InputError(
+            f"{learned.checkpoint.name}: its config has constraint: {constraint!r}, which is not known. Accepted: null, "
+            f"{', '.join(map(repr, CONSTRAINTS))}. A newer version may know it."
+        )
+    return constraint
 
 
 def merge(inputs: Inputs) -> Tensor:
