@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from ..base import Delta, Geometry
 from ..base.delta import Weight
 from ..functional import composition
-from ..functional.composition import CONSTRAINTS, Constraint, LowRank, Vector
-from ..functional.groups import MAX_PARTS, Groups, along_axis, groups_from
+from ..functional.choices import CHOICES, MAX_PARTS, Constraint
+from ..functional.composition import LowRank, Vector
+from ..functional.groups import Groups, along_axis, groups_from
 from ..registration import register
 from .blocks import OpenedPool
 from .pooled import PooledConfig, PooledModel, add_directions, is_integer, is_number, is_texts
-
-GRANULARITIES = ("task", "block", "row", "column", "partition")
 
 
 @dataclass
@@ -67,8 +66,7 @@ class AtlasConfig(PooledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("granularity", GRANULARITIES)
-        self.check_choice("constraint", (None, *CONSTRAINTS))
+        self.check_choices(CHOICES["atlas"])
         starts = self.init.values() if isinstance(self.init, dict) else [self.init]
         self.check_kind("init", all(map(is_number, starts)), "a finite number, or a table of them by name,")
         self._check_groups()

@@ -14,6 +14,7 @@ from torch import nn
 from ..base.geometry import Geometry, describe, describe_all
 from ..base.holders import has_children
 from ..base.targets import base_parameters, exact_targets
+from ..functional.choices import BLOCK_TYPES
 from ..task_vectors.bundles import check_bundle, lost_files
 from ..task_vectors.errors import InputError, sentence
 from ..task_vectors.pool import DTYPES, Entry, Pool, open_pool
@@ -21,7 +22,6 @@ from ..task_vectors.provenance import check_records
 from ..task_vectors.sources import shortened
 from .same_base import check_base, check_pools_base
 
-BLOCK_TYPES = ("linear", "conv", "embedding", "norm", "bias", "other")
 CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 

@@ -23,6 +23,7 @@ from ..base.delta import Weight
 from ..base.kinds import OwnWeightLayer
 from ..functional import composition
 from ..functional.bits import pack_bits, unpack_bits
+from ..functional.choices import CHOICES
 from ..functional.composition import Dense, LowRank, Vector
 from ..functional.concrete_mask import Mask, Masked, add_weighted, masked_sum
 from ..functional.groups import along_axis, groups_from
@@ -32,10 +33,6 @@ from ..task_vectors.bundles import file_name
 from ..task_vectors.pool import DTYPES
 from .blocks import OpenedPool
 from .pooled import PooledConfig, PooledModel, add_directions, is_integer, is_number, save_task_vector_file
-
-GRANULARITIES = ("element", "row", "column", "rank")
-EVAL_MASKS = ("mean", "sample", "hard")
-SAVED_MASKS = ("float32", "bfloat16", "hard")
 
 
 @dataclass
@@ -84,10 +81,7 @@ class ConcreteConfig(PooledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("granularity", GRANULARITIES)
-        self.check_choice("eval_mask", EVAL_MASKS)
-        self.check_choice("save_mask", SAVED_MASKS)
-        self.check_choice("learn_coefficients", (None, "task", "layer"))
+        self.check_choices(CHOICES["concrete"])
         if not (is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature!r} must be a positive number; the paper has 0.5.")
         self.check_kind("seed", is_integer(self.seed), "an integer")
@@ -527,8 +521,9 @@ class ConcreteModel(PooledModel):
                 f"eval_mask={kind!r} needs logits, and save_mask='hard' keeps their signs alone. Call save_mask_as first, or "
                 f"load a file with logits."
             )
-        if kind not in EVAL_MASKS:
-            raise ValueError(f"eval_mask={kind!r} is not known. Accepted: {', '.join(map(repr, EVAL_MASKS))}.")
+        accepted = CHOICES["concrete"]["eval_mask"]
+        if kind not in accepted:
+            raise ValueError(f"eval_mask={kind!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
         for each in (config, *(delta.config for delta in self.deltas(adapter_name))):
             each.eval_mask = kind
         self._forget_weights()
@@ -547,7 +542,7 @@ class ConcreteModel(PooledModel):
             )
         for each in (config, *(delta.config for delta in self.deltas(adapter_name))):
             each.save_mask, each.eval_mask = kind, "hard" if kind == "hard" else each.eval_mask
-            each.check_choice("save_mask", SAVED_MASKS)
+            each.check_choices(CHOICES["concrete"])
         self._forget_weights()
 
     def _forget_weights(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from ..base import Geometry, SubspaceConfig, SubspaceModel
 from ..base.files import find_file
+from ..functional.choices import BLOCK_TYPES, POOLED
 from ..task_vectors import bundles
-from ..task_vectors.pool import DTYPES, reference_text
+from ..task_vectors.pool import reference_text
 from ..task_vectors.references import HUB_ID, Reference
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, shortened
 from ..task_vectors.writing import entries_of, write_file
-from .blocks import BLOCK_TYPES, OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
-
-PLACEMENTS = ("device", "cpu", "disk")
+from .blocks import OpenedPool, block_name, chosen_blocks, default_targets, open_blocks
 
 
 def is_texts(value: Any) -> bool:
@@ -84,8 +83,7 @@ class PooledConfig(SubspaceConfig):
             raise ValueError(
                 f"dropout={self.dropout!r}, rank_pattern={self.rank_pattern!r}: composed weights have neither. Leave them out."
             )
-        self.check_choice("vector_dtype", tuple(DTYPES))
-        self.check_choice("placement", PLACEMENTS)
+        self.check_choices(POOLED)
         self.check_kind("pool", isinstance(self.pool, dict) and is_texts([*self.pool]), "a table {name: place}")
         self.check_kind("exclude_pool", is_texts(self.exclude_pool), "a list of names")
         self.check_kind("block_types", is_texts(self.block_types), "a list of kinds")
@@ -105,10 +103,11 @@ class PooledConfig(SubspaceConfig):
         if not fits:
             raise ValueError(f"{name}={getattr(self, name)!r}: {expected} is expected.")
 
-    def check_choice(self, name: str, accepted: tuple[Any, ...]) -> None:
-        """Raise ValueError if a field has none of the accepted values."""
-        if getattr(self, name) not in accepted:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
+    def check_choices(self, choices: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise ValueError if a field has none of the values that a table says."""
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
 
     def check_in_pool(self, names: Any) -> None:
         """Raise ValueError for names of vectors that the pool does not have."""

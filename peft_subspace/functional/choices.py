@@ -8,16 +8,19 @@ Constraint = Literal["nonnegative", "softmax"]
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 MAX_PARTS = 256  # a part's number is kept in one byte
 
-# Method -> field of its config -> what it may be.
-_POOLED = {"vector_dtype": ("float32", "float16", "bfloat16"), "placement": ("device", "cpu", "disk")}
+# Field of every config with a pool -> what it may be; then of each method.
+POOLED: dict[str, tuple[Any, ...]] = {
+    "vector_dtype": ("float32", "float16", "bfloat16"),
+    "placement": ("device", "cpu", "disk"),
+}
 CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "atlas": {
-        **_POOLED,
+        **POOLED,
         "granularity": ("task", "block", "row", "column", "partition"),
         "constraint": (None, *CONSTRAINTS),
     },
     "concrete": {
-        **_POOLED,
+        **POOLED,
         "granularity": ("element", "row", "column", "rank"),
         "learn_coefficients": (None, "task", "layer"),
         "eval_mask": ("mean", "sample", "hard"),

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .choices import CONSTRAINTS as CONSTRAINTS
-from .choices import Constraint as Constraint
+from .choices import Constraint
 from .groups import Groups
 from .low_rank import plain_backward
 

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choices import MAX_PARTS as MAX_PARTS
-
 CHUNK = 2**18
 
 
