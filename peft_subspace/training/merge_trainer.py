@@ -53,8 +53,10 @@ class MergeArguments:
         reference_order: the official code's order; see the module.
         eval_every: steps between looks at the loss (and at `evaluate`) without noise.
         eval_batches: of each task, for the loss; the same every time.
-        patience: looks without a lower loss after which a phase ends; None for never.
-        select: what is left in the model: "best", the look with the lowest mean loss, step 0 among them, or "last".
+        patience: looks without a better one after which a phase ends; None for never.
+        select: what is left in the model: "best", the look with the lowest mean loss, step 0 among them; "metric", the one with
+            the highest mean of what `evaluate` returned; or "last". Entropy falls too while a task collapses onto one class,
+            which labelled rows tell.
         output_dir: for checkpoints and the history; None writes nothing.
         save_every: steps between checkpoints.
         seed: of the order of the batches.
@@ -70,7 +72,7 @@ class MergeArguments:
     eval_every: int = 100
     eval_batches: int = 4
     patience: int | None = None
-    select: Literal["best", "last"] = "best"
+    select: Literal["best", "metric", "last"] = "best"
     output_dir: str | None = None
     save_every: int = 500
     seed: int = 0
@@ -84,8 +86,8 @@ class MergeArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience={self.patience!r} must be at least 1, or None.")
-        if self.select not in ("best", "last"):
-            raise ValueError(f"select={self.select!r} is not known. Accepted: 'best', 'last'.")
+        if self.select not in ("best", "metric", "last"):
+            raise ValueError(f"select={self.select!r} is not known. Accepted: 'best', 'metric', 'last'.")
 
 
 @dataclass
@@ -163,6 +165,8 @@ class MergeTrainer:
                 f"gradient_accumulation_steps={self.accelerator.gradient_accumulation_steps} of the accelerator: give "
                 f"MergeArguments(accumulation=...) instead."
             )
+        if self.arguments.select == "metric" and evaluate is None:
+            raise ValueError("select='metric' needs evaluate=..., a function of the model that returns {name: value}.")
         self.evaluate = evaluate
         self.masks, self.coefficients = self._trained()
         self.starts = [tensor.detach().clone() for tensor in self.coefficients]
@@ -269,7 +273,7 @@ class MergeTrainer:
                 self._look(trained)
             if self.arguments.output_dir and (self._step % self.arguments.save_every == 0 or self._step == steps):
                 self._save(optimizer, inner, trained)
-        if self.arguments.select == "best" and self._best is not None:
+        if self.arguments.select != "last" and self._best is not None:
             _assign(trained, self._best[1])
 
     def _mask_step(self, optimizer: Any, inner: Any) -> None:
@@ -338,8 +342,8 @@ class MergeTrainer:
             self.model.eval()
         self.history.append(look)
         self._say(str(look))
-        if self._best is None or look.mean < self._best[0]:
-            self._best, self._looks_since_best = (look.mean, [t.detach().clone() for t in trained]), 0
+        if self._best is None or self._score(look) < self._best[0]:
+            self._best, self._looks_since_best = (self._score(look), [t.detach().clone() for t in trained]), 0
         else:
             self._looks_since_best += 1
         if inner:
@@ -362,7 +366,15 @@ class MergeTrainer:
     def selected(self) -> Look:
         """The look that is left in the model."""
         last = [look for look in self.history if look.phase == self._phase]
-        return min(last, key=lambda look: look.mean) if self.arguments.select == "best" else last[-1]
+        return last[-1] if self.arguments.select == "last" else min(last, key=self._score)
+
+    def _score(self, look: Look) -> float:
+        """What is lowest at the best look."""
+        if self.arguments.select != "metric":
+            return look.mean
+        if not look.metrics or not all(map(math.isfinite, look.metrics.values())):
+            raise ValueError(f"select='metric': evaluate returned {look.metrics}; one or more finite numbers are expected.")
+        return -sum(look.metrics.values()) / len(look.metrics)
 
     # Checkpoints -------------------------------------------------------------------------------------------------------
 

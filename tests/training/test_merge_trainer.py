@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,6 +316,36 @@ def test_the_lowest_entropy_is_left_in_the_model() -> None:
     assert again.history[-1].mean == pytest.approx(history[-1].mean, rel=1e-6)
 
 
+def test_the_best_metric_is_left_in_the_model(tmp_path: Path) -> None:
+    """What `evaluate` says goes before the loss, also where a run goes on; it must be there, and say something."""
+    scores = [0.1, 0.3, 0.8, 0.2, 0.4, 0.6, 0.5]
+
+    def learned(steps: int, resume: bool = False) -> tuple[Any, MergeTrainer]:
+        model = make(AtlasConfig, granularity="task", init=START)
+        given = MergeArguments(
+            coefficient_steps=steps, coefficient_lr=0.05, eval_every=2, select="metric", output_dir=str(tmp_path), save_every=2
+        )
+        torch.manual_seed(7)
+        run = MergeTrainer(model, tasks(), given, evaluate=lambda _: {"score": scores[len(run.history)]})
+        run.train(resume=resume)
+        return model, run
+
+    torch.manual_seed(7)
+    at_best, early = learned(4)
+    expected = lambdas(at_best)
+    assert early.selected.step == 4
+    shutil.rmtree(tmp_path)
+    learned(8)
+    model, run = learned(12, resume=True)
+    assert (run.selected.step, run.selected.metrics) == (4, {"score": 0.8})
+    assert run.selected.mean > min(look.mean for look in run.history)
+    assert all(torch.equal(*pair) for pair in zip(lambdas(model), expected, strict=True))
+    with pytest.raises(ValueError, match="select='metric' needs evaluate="):
+        trainer(make(AtlasConfig, init=START), select="metric")
+    with pytest.raises(ValueError, match=r"evaluate returned \{\}; one or more finite numbers"):
+        MergeTrainer(make(AtlasConfig, init=START), tasks(), MergeArguments(select="metric"), evaluate=lambda _: {}).train()
+
+
 def test_a_phase_ends_when_it_does_not_get_better() -> None:
     model = make(AtlasConfig, granularity="task", init=START)
     history = trainer(model, coefficient_lr=0.0, coefficient_steps=100, patience=2).train()
@@ -436,7 +467,7 @@ def test_what_cannot_be_learned_is_said() -> None:
         MergeTrainer(make(), [Task("a", [], lambda m, x: x)] * 2, accelerator=Accelerator(cpu=True))
     with pytest.raises(ValueError, match="tasks=\\[\\]"):
         MergeTrainer(make(), [], accelerator=Accelerator(cpu=True))
-    with pytest.raises(ValueError, match=r"select='first' is not known\. Accepted: 'best', 'last'"):
+    with pytest.raises(ValueError, match=r"select='first' is not known\. Accepted: 'best', 'metric', 'last'"):
         MergeArguments(select="first")  # type: ignore[arg-type]
     for wrong in ({"eval_every": 0}, {"patience": 0}, {"mask_steps": -1}, {"mask_lr": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
