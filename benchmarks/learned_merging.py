@@ -1,7 +1,7 @@
 """Learned merges on real weights, three seeds: AdaMerging, Concrete and supervised aTLAS against averages and TIES.
 
     python benchmarks/learned_merging.py                    # models, sweep of the rates, every merge; can be interrupted
-    python benchmarks/learned_merging.py --long             # besides, what learns without labels in ten times the steps
+    python benchmarks/learned_merging.py --further          # besides: ten times the steps; looks that labelled rows choose
     python benchmarks/learned_merging.py --report           # the table and the picture of what has run
 
 The papers' models are CLIP's, with zero-shot heads that are given and fixed. Likewise each task here has a head that is not
@@ -260,8 +260,10 @@ def individual(suite: Suite) -> dict[str, Any]:
     return {"accuracy": found}
 
 
-def by_entropy(suite: Suite, seed: int, config: Any, rates: Rates, part: str = "test", steps: int = STEPS) -> dict[str, Any]:
-    """AdaMerging or Concrete."""
+def by_entropy(
+    suite: Suite, seed: int, config: Any, rates: Rates, part: str = "test", steps: int = STEPS, labelled: bool = False
+) -> dict[str, Any]:
+    """AdaMerging or Concrete; the look with the lowest entropy, or with the highest accuracy on the 100 labelled rows."""
     torch.manual_seed(seed)
     model = get_peft_model(suite.model(), config)
     tasks = [Task(name, Unlabelled(suite, name), answers(head)) for name, head in suite.heads.items()]
@@ -271,9 +273,12 @@ def by_entropy(suite: Suite, seed: int, config: Any, rates: Rates, part: str = "
         coefficient_steps=steps,
         coefficient_lr=rates.coefficient,
         eval_every=steps // 4,
+        select="metric" if labelled else "best",
         seed=seed,
     )
-    trainer = MergeTrainer(model, tasks, arguments, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    evaluate = partial(suite.accuracies, part="search") if labelled else None
+    trainer = MergeTrainer(model, tasks, arguments, evaluate=evaluate, accelerator=accelerator)
     history = trainer.train()
     looks = [{"phase": look.phase, "step": look.step, "entropy": round(look.mean, 4)} for look in history]
     return {"accuracy": suite.accuracies(model, part), "history": looks}
@@ -325,9 +330,13 @@ METHODS: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
     "aTLAS, isotropic (labels)": lambda suite, seed, rates: by_labels(suite, seed, atlas(suite, "task"), rates.labelled),
     "aTLAS, anisotropic (labels)": lambda suite, seed, rates: by_labels(suite, seed, atlas(suite, "block"), rates.labelled),
 }
-LONG_METHODS: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
+FURTHER: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
     f"Concrete TA, {LONG} steps": lambda s, seed, rates: by_entropy(s, seed, concrete(s, seed, None), rates, steps=LONG),
     f"AdaMerging, layer, {LONG} steps": lambda s, seed, rates: by_entropy(s, seed, atlas(s, "block"), rates, steps=LONG),
+    "AdaMerging, layer, chosen look": lambda s, seed, rates: by_entropy(s, seed, atlas(s, "block"), rates, labelled=True),
+    "Concrete AM, layer, chosen look": lambda s, seed, rates: by_entropy(
+        s, seed, concrete(s, seed, "layer"), rates, labelled=True
+    ),
 }
 
 
@@ -367,7 +376,7 @@ def report(runs: dict[tuple[str, str, int], Any], output: Path) -> None:
     view = Table("method", *(f"{kind}: mean accuracy" for kind in kinds), *(name for kind in kinds for name in TASKS[kind]))
     figure = Figure(figsize=(10, 4.2))
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for method in [*METHODS, *LONG_METHODS]:
+    for method in [*METHODS, *FURTHER]:
         cells, single = [], []
         for kind in kinds:
             found = [runs[key] for seed in range(10) if (key := (kind, method, seed)) in runs]
@@ -378,7 +387,7 @@ def report(runs: dict[tuple[str, str, int], Any], output: Path) -> None:
                 single.append(f"{100 * statistics.mean(run['accuracy'][name] for run in found):.1f}" if found else "-")
         view.add_row(method, *cells, *single)
     for place, kind in zip(axes, kinds, strict=True):
-        names = [m for m in [*METHODS, *LONG_METHODS] if any(key[:2] == (kind, m) for key in runs)]
+        names = [m for m in [*METHODS, *FURTHER] if any(key[:2] == (kind, m) for key in runs)]
         values = [[mean_of(runs[key]) for seed in range(10) if (key := (kind, m, seed)) in runs] for m in names]
         place.barh(names[::-1], [statistics.mean(v) for v in values][::-1], color="#7a9cc6")
         for at, found in enumerate(values[::-1]):
@@ -395,9 +404,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("outputs/learned-merging"), help="where the single-task models are")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--kinds", nargs="+", default=["image", "text"], choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--long", action="store_true", help=f"also {', '.join(LONG_METHODS)}")
+    parser.add_argument("--further", action="store_true", help=f"also {', '.join(FURTHER)}")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -426,7 +436,9 @@ def main() -> None:
         rates = chosen_rates(kind, runs)
         for seed in options.seeds:
             suite = suite_of(kind, seed, options.folder)
-            for name, method in {**METHODS, **(LONG_METHODS if options.long else {})}.items():
+            for name, method in {**METHODS, **(FURTHER if options.further else {})}.items():
+                if options.only and name not in options.only:
+                    continue
                 run(kind, name, seed, partial(method, suite, seed, rates))
     report(runs, options.output)
 
