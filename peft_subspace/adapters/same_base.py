@@ -58,10 +58,11 @@ def check_pools_base(entries: list[Entry], model: nn.Module, looks: bool) -> Non
         looks: whether whole models are compared with their base, too.
 
     Raises:
-        InputError: one of up to 64 values of a vector's base is another in the model; or half of a whole model's layers differ
-            from the base by more than 0.7 of its norm (fine-tuning changes some per cent, an unrelated model is at 1.4).
+        InputError: one of up to 64 values of a vector's base is another in the model.
 
-    Warns of a whole model that is its base. Cost: up to 4,096 values of each tensor of the whole models are read.
+    Warns, as recipes do, of a whole model that is its base, and where half of its layers differ from the base by more than 0.7
+    of its norm: fine-tuning changes some per cent, an unrelated model is at 1.4. Cost: up to 4,096 values of each tensor of the
+    whole models are read.
     """
     parameters = {name: p for name, module, own, p in base_parameters(model) if own != "weight" or not is_quantized(module)}
     for entry in entries:
@@ -100,11 +101,11 @@ def _look(entry: Entry, names: list[str]) -> None:
     found = {name: math.sqrt(difference / base) for name, (base, difference) in squares.items() if base > 0}
     if len(found) > 1 and statistics.median(found.values()) > LIMIT:
         worst = sorted(found, key=found.__getitem__, reverse=True)[:3]
-        raise InputError(
+        warnings.warn(
             f"The task vector {entry.name!r} does not look like a fine-tuned {entry.vector.base_name}: the difference is "
             f"{statistics.median(found.values()):.2f} times as large as the base (worst: "
-            f"{', '.join(f'{block} {found[block]:.2f}' for block in worst)}). Give its own base, or set strict=False to "
-            f"compose it all the same."
+            f"{', '.join(f'{block} {found[block]:.2f}' for block in worst)}). Check base.",
+            stacklevel=2,
         )
 
 
