@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base.geometry import is_quantized
 from ..base.targets import base_parameters
-from ..task_vectors.compare import block_of
+from ..task_vectors.compare import block_of, unlike_base
 from ..task_vectors.errors import InputError
 from ..task_vectors.pool import Entry
 from ..task_vectors.provenance import same_value, value_of
@@ -23,12 +22,11 @@ if TYPE_CHECKING:
 
 SAMPLES = 64  # values of a base that are kept or compared
 LOOK = 2**12  # values of each tensor by which a whole model is compared with its base
-LIMIT = 0.7  # norm of the difference over the norm of the base; two models that have nothing in common are at 1.4
 
 
 def check_base(config: Any, model: nn.Module, opened: OpenedPool) -> None:
     """Coefficients belong to one base. Up to 64 of its values are kept; in another dtype they may differ by a rounding."""
-    parameters = {name: p for name, module, own, p in base_parameters(model) if own != "weight" or not is_quantized(module)}
+    parameters = _comparable(model)
     names = sorted(opened.blocks & set(parameters))
     names = names[:: -(-len(names) // SAMPLES)] if names else []
     if any(parameters[name].is_meta for name in names):
@@ -64,7 +62,7 @@ def check_pools_base(entries: list[Entry], model: nn.Module, looks: bool) -> Non
     of its norm: fine-tuning changes some per cent, an unrelated model is at 1.4. Cost: up to 4,096 values of each tensor of the
     whole models are read.
     """
-    parameters = {name: p for name, module, own, p in base_parameters(model) if own != "weight" or not is_quantized(module)}
+    parameters = _comparable(model)
     for entry in entries:
         names = [name for name in entry.names if name in parameters and not parameters[name].is_meta and entry.vector.base]
         for name in names[:: max(1, -(-len(names) // SAMPLES))]:
@@ -83,13 +81,13 @@ def check_pools_base(entries: list[Entry], model: nn.Module, looks: bool) -> Non
 def _look(entry: Entry, names: list[str]) -> None:
     """Compare a whole model with its base, by the first values of each tensor."""
     squares: dict[str, list[float]] = {}
-    changed = False
+    changed, reader = False, Reader()
     for name in names:
         own = entry.names[name]
         difference = next(part for _, part in entry.vector.parts(own, LOOK))
         changed = changed or bool(difference.any())
         if len(entry.vector.shapes[own]) > 1:
-            base = Reader().stored(entry.vector.base[own], 0, difference.numel(), 0).double()
+            base = reader.stored(entry.vector.base[own], 0, difference.numel(), 0).double()
             block = squares.setdefault(block_of(name), [0.0, 0.0])
             block[0] += float(base.square().sum())
             block[1] += float(difference.double().square().sum())
@@ -99,14 +97,13 @@ def _look(entry: Entry, names: list[str]) -> None:
             stacklevel=2,
         )
     found = {name: math.sqrt(difference / base) for name, (base, difference) in squares.items() if base > 0}
-    if len(found) > 1 and statistics.median(found.values()) > LIMIT:
-        worst = sorted(found, key=found.__getitem__, reverse=True)[:3]
-        warnings.warn(
-            f"The task vector {entry.name!r} does not look like a fine-tuned {entry.vector.base_name}: the difference is "
-            f"{statistics.median(found.values()):.2f} times as large as the base (worst: "
-            f"{', '.join(f'{block} {found[block]:.2f}' for block in worst)}). Check base.",
-            stacklevel=2,
-        )
+    if unlike := unlike_base(found, entry.vector.base_name):
+        warnings.warn(f"The task vector {entry.name!r} {unlike}. Check base.", stacklevel=2)
+
+
+def _comparable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that have values of the base: all but quantised weights."""
+    return {name: p for name, module, own, p in base_parameters(model) if own != "weight" or not is_quantized(module)}
 
 
 def _sample(parameter: Tensor) -> tuple[float, str]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 
-from ..task_vectors.compare import block_of
+from ..task_vectors.compare import block_of, unlike_base
 from ..task_vectors.errors import InputError
 from ..task_vectors.headers import TensorHeader
 from ..task_vectors.reading import Reader
 from .plan import Plan
 
 SAMPLE = 2**14  # values of a tensor that are looked at
-LIMIT = 0.7  # norm of the difference over the norm of the base; two models that have nothing in common are at 1.4
 
 
 def check_bases(plan: Plan) -> None:
@@ -31,14 +29,8 @@ def check_bases(plan: Plan) -> None:
         return
     for number, name in enumerate(plan.names):
         found = _relative_norms(plan, number)
-        # an adapter that brings a trained head has one block, which says nothing about the base
-        if len(found) > 1 and statistics.median(found.values()) > LIMIT:
-            worst = sorted(found, key=found.__getitem__, reverse=True)[:3]
-            text = (
-                f"{name}: does not look like a fine-tuned {plan.recipe.base_model}: the difference is "
-                f"{statistics.median(found.values()):.2f} times as large as the base (worst: "
-                f"{', '.join(f'{block} {found[block]:.2f}' for block in worst)}). Check base_model"
-            )
+        if unlike := unlike_base(found, plan.recipe.base_model):
+            text = f"{name}: {unlike}. Check base_model"
             if policy == "error":
                 raise InputError(f"{text}, or write `subspace: {{base_check: off}}`.")
             warnings.warn(f"{text}.", stacklevel=2)

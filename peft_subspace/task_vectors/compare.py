@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from .headers import TensorHeader
 from .reading import read_tensor
 from .task_vector import TaskVector, count_conflicts
 
+LIMIT = 0.7  # norm of the difference over the norm of the base; two models that have nothing in common are at 1.4
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
@@ -84,6 +86,22 @@ def block_of(name: str) -> str:
     """The layer of a tensor, such as `model.layers.3`; its first two parts outside of layers."""
     match = _LAYER.match(name)
     return match[1] if match else ".".join(name.split(".")[:2])
+
+
+def unlike_base(found: Mapping[str, float], base: object) -> str | None:
+    """What to say of a model that is no fine-tuned version of its base; None if it looks like one.
+
+    Args:
+        found: block -> norm of the difference over that of the base. One alone, such as a trained head, says nothing.
+        base: what the base is called.
+    """
+    if len(found) < 2 or (median := statistics.median(found.values())) <= LIMIT:
+        return None
+    worst = sorted(found, key=found.__getitem__, reverse=True)[:3]
+    return (
+        f"does not look like a fine-tuned {base}: the difference is {median:.2f} times as large as the base (worst: "
+        f"{', '.join(f'{block} {found[block]:.2f}' for block in worst)})"
+    )
 
 
 def compare(

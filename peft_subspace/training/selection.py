@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -133,12 +133,9 @@ def search(
 def _live(model: Any) -> dict[int, Tensor]:
     """Which vectors a trained tensor has to do with, `[T]`: not those that its blocks leave out, or that have nothing there."""
     found: dict[int, Tensor] = {}
-    for _, layer in model.base_model.named_subspace_layers():
-        for name in layer.active_adapters:
-            for delta in layer.deltas(name).values():
-                (tensor,) = delta.trained
-                there = torch.tensor([vector is not None for vector in delta.vectors])
-                found[id(tensor)] = there | found.get(id(tensor), there)
+    for _, delta, tensor in _active(model):
+        there = torch.tensor([vector is not None for vector in delta.vectors])
+        found[id(tensor)] = there | found.get(id(tensor), there)
     return found
 
 
@@ -152,11 +149,17 @@ def _coefficients(model: Any) -> dict[str, Tensor]:
     """Block -> the trained tensor of the active adapters, each once."""
     found: dict[str, Tensor] = {}
     known: set[int] = set()
+    for name, _, tensor in _active(model):
+        if id(tensor) not in known:
+            known.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def _active(model: Any) -> Iterator[tuple[str, Any, Tensor]]:
+    """Of the active adapters: name of the block (with the adapter's, if there are several), Delta, and what it trains."""
     for _, layer in model.base_model.named_subspace_layers():
         for name in layer.active_adapters:
             for delta in layer.deltas(name).values():
                 (tensor,) = delta.trained
-                if id(tensor) not in known:
-                    known.add(id(tensor))
-                    found[delta.block if len(layer.active_adapters) == 1 else f"{name}.{delta.block}"] = tensor
-    return found
+                yield (delta.block if len(layer.active_adapters) == 1 else f"{name}.{delta.block}"), delta, tensor
