@@ -92,15 +92,17 @@ def unlike_base(found: Mapping[str, float], base: object) -> str | None:
     """What to say of a model that is no fine-tuned version of its base; None if it looks like one.
 
     Args:
-        found: block -> norm of the difference over that of the base. One alone, such as a trained head, says nothing.
+        found: block -> norm of the difference over that of the base. One alone, such as a trained head, says nothing, nor does
+            one that is not finite: such values are damage, which is looked for elsewhere.
         base: what the base is called.
     """
-    if len(found) < 2 or (median := statistics.median(found.values())) <= LIMIT:
+    known = {block: norm for block, norm in found.items() if math.isfinite(norm)}
+    if len(known) < 2 or (median := statistics.median(known.values())) <= LIMIT:
         return None
-    worst = sorted(found, key=found.__getitem__, reverse=True)[:3]
+    worst = sorted(known, key=known.__getitem__, reverse=True)[:3]
     return (
         f"does not look like a fine-tuned {base}: the difference is {median:.2f} times as large as the base (worst: "
-        f"{', '.join(f'{block} {found[block]:.2f}' for block in worst)})"
+        f"{', '.join(f'{block} {known[block]:.2f}' for block in worst)})"
     )
 
 
