@@ -25,7 +25,7 @@ from .files import OutputFiles
 from .inputs import Stopped, TensorInputs, check_finite, decomposing, finite
 from .journal import Journal, crc_of
 from .methods.loop import TILE, Job, map_tensor, reduce_tensors
-from .plan import CHUNK, HELD, Plan, TensorPlan
+from .plan import CHUNK, Plan, TensorPlan, held_bytes
 
 
 @dataclass
@@ -140,7 +140,7 @@ class _Run:
 
     def work(self, files: OutputFiles, journal: Journal) -> None:
         torch.set_num_threads(1)
-        reader = Reader(HELD // self.settings.threads)
+        reader = Reader(held_bytes(self.settings.threads) // self.settings.threads)
         try:
             with torch.inference_mode():
                 while (tensor := self._take()) is not None:

@@ -20,9 +20,17 @@ from .methods.registry import Method
 from .recipe import Recipe
 
 CHUNK = 2**19  # values that a worker reads at a time from each model
-HELD = 48 * 10**6  # bytes of inputs that all workers together keep between the passes over a tensor
+HELD, WORKER = 108 * 10**6, 10 * 10**6  # bytes of inputs that are kept between the passes over a tensor, less for each worker
 TORCH_MEMORY = 150 * 10**6  # private bytes of Python and torch before any work
 READ_RATE, NS_PER_VALUE = 1e9, {"elementwise": 4.0, "rows": 25.0, "matrix": 200.0}  # for the estimate of the time
+
+
+def held_bytes(threads: int) -> int:
+    """Bytes of inputs that all workers together keep between the passes over a tensor, so that they are read once.
+
+    Where there are few workers, whose buffers take little, these are all of a tensor of 2,048 x 5,504 in four models (90 MB).
+    """
+    return max(0, HELD - WORKER * threads)
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ class Plan:
         """Private bytes, about: buffers of every worker, or the largest tensor whole for methods that work on matrices."""
         kinds = {self.method.kind_for(tensor.options) for tensor in self.tensors if tensor.action == "merge"} or {"elementwise"}
         models = len(self.sources) + (self.base is not None)
-        chunk = CHUNK * (models * 4 + 16) * threads + HELD
+        chunk = CHUNK * (models * 4 + 16) * threads + held_bytes(threads)
         method, semantics = self.method, self.recipe.subspace.semantics
         if "rows" in kinds:  # a row is read whole
             row = max((method.row_length(tensor.shape, semantics) for tensor in self.tensors), default=0)
