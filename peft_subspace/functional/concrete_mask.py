@@ -32,7 +32,7 @@ from .composition import Vector
 from .groups import Groups
 from .noise import uniform
 
-CHUNK = 2**17  # values at a time: a few buffers of them fit into a core's caches, and calls cost little beside them
+CHUNK = 2**18  # values at a time: few calls, and what is made of them stays near the core
 KEPT = 2**24  # values of the scratch room that stays: 64 MB
 TINY = 2.0**-24
 _LOCAL = threading.local()
@@ -293,8 +293,10 @@ def weighted_sum(numbers: Sequence[Any], parts: Sequence[Tensor], like: Tensor) 
         parts: of each tau.
         like: of the shape and dtype of the sum, if there is none.
     """
-    total = torch.zeros_like(like)
-    for number, part in zip(numbers, parts, strict=True):
+    if not parts:
+        return torch.zeros_like(like)
+    total = parts[0] * numbers[0]
+    for number, part in zip(numbers[1:], parts[1:], strict=True):
         total.addcmul_(part, number)
     return total
 
