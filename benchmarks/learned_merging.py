@@ -1,7 +1,7 @@
 """Learned merges on real weights, three seeds: AdaMerging, Concrete and supervised aTLAS against averages and TIES.
 
     python benchmarks/learned_merging.py                    # models, sweep of the rates, every merge; can be interrupted
-    python benchmarks/learned_merging.py --further          # besides: ten times the steps; looks that labelled rows choose
+    python benchmarks/learned_merging.py --further          # besides: ten times the steps; chosen looks; information
     python benchmarks/learned_merging.py --report           # the table and the picture of what has run
 
 The papers' models are CLIP's, with zero-shot heads that are given and fixed. Likewise each task here has a head that is not
@@ -44,7 +44,7 @@ from benchmarks.quality import batches, rows
 from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.merging.methods.memory import merge_tensors
 from peft_subspace.training import MergeArguments, MergeTrainer, Task
-from peft_subspace.training.objectives import addition_loss
+from peft_subspace.training.objectives import addition_loss, entropy_loss, information_maximization_loss
 
 TASKS = {"text": ("trec", "sms-spam", "newsgroups", "spam-assassin"), "image": ("digits", "mnist", "fashion-mnist")}
 ASSET = {"text": "minilm", "image": "vit-small"}
@@ -261,12 +261,19 @@ def individual(suite: Suite) -> dict[str, Any]:
 
 
 def by_entropy(
-    suite: Suite, seed: int, config: Any, rates: Rates, part: str = "test", steps: int = STEPS, labelled: bool = False
+    suite: Suite,
+    seed: int,
+    config: Any,
+    rates: Rates,
+    part: str = "test",
+    steps: int = STEPS,
+    labelled: bool = False,
+    objective: Callable[[Tensor], Tensor] = entropy_loss,
 ) -> dict[str, Any]:
-    """AdaMerging or Concrete; the look with the lowest entropy, or with the highest accuracy on the 100 labelled rows."""
+    """AdaMerging or Concrete; the look with the lowest loss, or with the highest accuracy on the 100 labelled rows."""
     torch.manual_seed(seed)
     model = get_peft_model(suite.model(), config)
-    tasks = [Task(name, Unlabelled(suite, name), answers(head)) for name, head in suite.heads.items()]
+    tasks = [Task(name, Unlabelled(suite, name), answers(head), objective=objective) for name, head in suite.heads.items()]
     arguments = MergeArguments(
         mask_steps=steps,
         mask_lr=rates.mask,
@@ -280,8 +287,13 @@ def by_entropy(
     evaluate = partial(suite.accuracies, part="search") if labelled else None
     trainer = MergeTrainer(model, tasks, arguments, evaluate=evaluate, accelerator=accelerator)
     history = trainer.train()
-    looks = [{"phase": look.phase, "step": look.step, "entropy": round(look.mean, 4)} for look in history]
+    looks = [{"phase": look.phase, "step": look.step, look.measure: round(look.mean, 4)} for look in history]
     return {"accuracy": suite.accuracies(model, part), "history": looks}
+
+
+def by_information(suite: Suite, seed: int, config: Any, rates: Rates) -> dict[str, Any]:
+    """The same with the entropy of the mean answer taken off the loss, at the rates that were chosen for entropy."""
+    return by_entropy(suite, seed, config, rates, objective=information_maximization_loss)
 
 
 def by_labels(suite: Suite, seed: int, config: Any, rate: float, part: str = "test") -> dict[str, Any]:
@@ -337,6 +349,9 @@ FURTHER: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
     "Concrete AM, layer, chosen look": lambda s, seed, rates: by_entropy(
         s, seed, concrete(s, seed, "layer"), rates, labelled=True
     ),
+    "AdaMerging, layer, information": lambda s, seed, rates: by_information(s, seed, atlas(s, "block"), rates),
+    "Concrete TA, information": lambda s, seed, rates: by_information(s, seed, concrete(s, seed, None), rates),
+    "Concrete AM, layer, information": lambda s, seed, rates: by_information(s, seed, concrete(s, seed, "layer"), rates),
 }
 
 

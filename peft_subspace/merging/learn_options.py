@@ -2,7 +2,7 @@
 
     subspace:
       learn:
-        loss: entropy                      without labels; cross_entropy with them
+        loss: entropy                      or information_maximization, without labels; cross_entropy with them
         tasks:
           - {name: trec, data: trec.jsonl, text: text}
 
@@ -102,7 +102,8 @@ class LearnOptions(Strict):
     """What is learned, from what, and how long.
 
     Attributes:
-        loss: "entropy" of the answers (AdaMerging; no labels), or "cross_entropy" with the labels.
+        loss: "entropy" of the answers (AdaMerging; no labels), "information_maximization" (entropy less that of the mean
+            answer; no labels), or "cross_entropy" with the labels.
         tasks: the tasks; the loss is the sum of theirs.
         config: fields of `AtlasConfig` or `ConcreteConfig`, such as `{granularity: block, init: 0.3}`.
         steps: of the coefficients, and of the mask.
@@ -118,7 +119,7 @@ class LearnOptions(Strict):
         seed: of rows, batches and masks; the recipe's if it is left out.
     """
 
-    loss: Literal["entropy", "cross_entropy"]
+    loss: Literal["entropy", "information_maximization", "cross_entropy"]
     tasks: Annotated[list[TaskOptions], Field(min_length=1)]
     config: dict[str, Any] = Field(default_factory=dict)
     steps: Count = 200

@@ -1,11 +1,12 @@
 """Losses as pure functions, and the thin glue that trains with them."""
 
 from ..base.teacher import as_teacher
-from .batch_objectives import Entropy, Moment, Negation, Ufm
+from .batch_objectives import Entropy, InformationMaximization, Moment, Negation, Ufm
 from .coefficients import CoefficientTrainer
 from .distillation import feature_distillation, find_blocks, recorded_features
 from .healing import Healing, HealingTrainer
 from .merge_trainer import Look, MergeArguments, MergeTrainer
+from .objectives import entropy_loss, information_maximization_loss
 from .perturbation import max_perturbation, perturbation_penalty
 from .tasks import Task, pooled_logits, token_logits
 
@@ -14,6 +15,7 @@ __all__ = [
     "Entropy",
     "Healing",
     "HealingTrainer",
+    "InformationMaximization",
     "Look",
     "MergeArguments",
     "MergeTrainer",
@@ -22,8 +24,10 @@ __all__ = [
     "Task",
     "Ufm",
     "as_teacher",
+    "entropy_loss",
     "feature_distillation",
     "find_blocks",
+    "information_maximization_loss",
     "max_perturbation",
     "perturbation_penalty",
     "pooled_logits",

@@ -1,4 +1,4 @@
-"""Objectives of a model and a batch, for a loop of one's own or `CoefficientTrainer`: negation, entropy, UFM.
+"""Objectives of a model and a batch, for a loop of one's own or `CoefficientTrainer`: negation, entropy, information, UFM.
 
 Each is called with a model, its inputs and the `Moment`, and returns a loss and the output of the model.
 `training.objectives` has the same as pure functions of logits, with their sources.
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .objectives import entropy_loss, negation_loss, threshold_at, trusted_set, ufm_loss
+from .objectives import entropy_loss, information_maximization_loss, negation_loss, threshold_at, trusted_set, ufm_loss
 
 Inputs = Mapping[str, Any]
 
@@ -69,7 +69,21 @@ class Entropy:
     def __call__(self, model: nn.Module, inputs: Inputs, moment: Moment) -> tuple[Tensor, Any]:
         """The loss of a batch, and the model's output."""
         logits, outputs = logits_of(model, inputs)
-        return entropy_loss(logits), outputs
+        return self.of(logits), outputs
+
+    @staticmethod
+    def of(logits: Tensor) -> Tensor:
+        """The loss of logits `[n, classes]`."""
+        return entropy_loss(logits)
+
+
+class InformationMaximization(Entropy):
+    """The same less the entropy of the mean prediction, which keeps all inputs from being given one class."""
+
+    @staticmethod
+    def of(logits: Tensor) -> Tensor:
+        """The loss of logits `[n, classes]`."""
+        return information_maximization_loss(logits)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Learning how task vectors are merged, from batches of all tasks: AdaMerging, Concrete, and aTLAS's task addition.
 
-    loss = sum over the tasks of the mean entropy of the merged model's predictions, or, with labels, of their cross-entropy
+    loss = sum over the tasks of the mean entropy of the merged model's predictions, or of another objective of theirs
 
     coefficients  lambda <- Adam(dloss/dlambda)                             aTLAS adapters, and the end of Concrete's
     mask          lambda' <- lambda_0 - one step of Adam;  x <- Adam(dloss/dx at lambda')     one sample of the mask in both
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..adapters.pooled import PooledModel
 from ..task_vectors.provenance import identity
 from .merge_checkpoint import load_checkpoint, moments, restore_moments, save_checkpoint
+from .objectives import UNLABELLED
 from .tasks import Stream, Task
 
 # of a config, what a run that goes on must share with the one before, besides the hashes of its vectors
@@ -99,7 +100,8 @@ class Look:
         step: in the phase; 0 is its start, of the first phase that of the adapter (task arithmetic, or the base).
         loss: task -> mean loss in nats.
         metrics: what `evaluate` returned.
-        measure: what the loss is: "entropy", "cross-entropy" (all tasks have labels), or "loss" (some have).
+        measure: what the loss is: "entropy", "information maximization", "cross-entropy", or "loss" (tasks differ, or
+            have objectives of their own).
     """
 
     phase: str
@@ -452,8 +454,9 @@ class MergeTrainer:
 
 
 def _measure(tasks: Sequence[Task]) -> str:
-    labelled = sum(task.labels is not None for task in tasks)
-    return "entropy" if not labelled else "cross-entropy" if labelled == len(tasks) else "loss"
+    names = {objective: name.replace("_", " ") for name, objective in UNLABELLED.items()}
+    found = {"cross-entropy" if task.labels is not None else names.get(task.objective, "loss") for task in tasks}
+    return found.pop() if len(found) == 1 else "loss"
 
 
 @torch.no_grad()

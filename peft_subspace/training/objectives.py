@@ -3,16 +3,17 @@
     addition      sum over the tasks of CE
     negation      -CE(target) + CE(control)
     entropy       mean over the samples of -sum_c p_c log p_c
+    information   entropy less that of the mean of p over the samples
     UFM           sum_i w_i CE(strong_i, q_i) / sum_i w_i          q: sharpened prediction on the weak view, or a trusted label
 
-Source: aTLAS (arXiv:2407.02880) and its official code; entropy is AdaMerging's (arXiv:2310.02575). UFM is written as that code
-documents it, not as it was released: there every sample is trusted with a label that never changes, sharpening does nothing,
-and a batch without a sure sample gives NaN.
+Source: aTLAS (arXiv:2407.02880) and its official code; entropy is AdaMerging's (arXiv:2310.02575), information maximization
+SHOT's (arXiv:2002.08546). UFM is written as aTLAS's code documents it, not as it was released: there every sample is trusted
+with a label that never changes, sharpening does nothing, and a batch without a sure sample gives NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,30 @@ def entropy_loss(logits: Tensor) -> Tensor:
     logarithms = F.log_softmax(logits.float(), -1)
     finite = logarithms.masked_fill(logarithms == -torch.inf, 0.0)  # a class that is masked out has no share in the entropy
     return -(logarithms.exp() * finite).sum(-1).mean()
+
+
+def information_maximization_loss(logits: Tensor) -> Tensor:
+    """Mean entropy of the predictions less the entropy of their mean, in nats: answers that are sure, and not all the same.
+
+    Entropy alone is least where every input gets one class. This is minus the information that an input gives about the class:
+    0 where all answers are alike, -ln(classes) where they are sure and all classes as frequent. It presumes that the classes
+    are about as frequent in a batch as among all inputs: of a few samples for each class, the mean says something.
+
+    Args:
+        logits: `[..., classes]`; the mean is over all but the last dimension.
+
+    Source: Krause et al., "Discriminative clustering by regularized information maximization" (2010); with given heads as in
+    SHOT (arXiv:2002.08546).
+    """
+    mean = F.softmax(logits.float(), -1).flatten(0, -2).mean(0)
+    return entropy_loss(logits) + (mean * mean.where(mean > 0, 1.0).log()).sum()  # a class that nothing has has no share
+
+
+# Those that need no labels, by their names in recipes.
+UNLABELLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "entropy": entropy_loss,
+    "information_maximization": information_maximization_loss,
+}
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:

@@ -17,6 +17,7 @@ from ..merging.learn_options import TaskOptions
 from ..merging.recipe import Recipe
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.references import Reference, locate
+from .objectives import UNLABELLED, entropy_loss
 from .recipe_models import head_logits, load_base, own_logits, positions_of, set_pad
 from .recipe_rows import LABELS, Inputs, Rows
 from .tasks import Logits, Task, token_logits
@@ -92,7 +93,7 @@ class Built:
         if labels:
             inputs.check_labels(rows.learned)
         loader = inputs.loader(rows.learned, size, labels=labels is not None, shuffle=True)
-        return Task(task.name, loader, logits, labels)
+        return Task(task.name, loader, logits, labels, UNLABELLED.get(self.options.loss, entropy_loss))
 
     @torch.no_grad()
     def _try(self, task: TaskOptions, logits: Logits, inputs: Inputs, rows: Rows) -> None:

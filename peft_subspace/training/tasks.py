@@ -23,22 +23,25 @@ class Task:
         batches: such as a DataLoader; gone through again and again.
         logits: `(model, batch) -> [..., classes]`; see `pooled_logits` and `token_logits`.
         labels: key of a batch's labels, which `logits` does not get: the loss is the cross-entropy with them. None for
-            unlabelled batches: the loss is the entropy of the answers.
+            unlabelled batches.
+        objective: the loss of unlabelled batches from the logits: `entropy_loss` (AdaMerging, Concrete),
+            `information_maximization_loss`, which keeps a task from collapsing onto one class, or one of your own.
     """
 
     name: str
     batches: Iterable[Any]
     logits: Logits
     labels: str | None = None
+    objective: Callable[[Tensor], Tensor] = entropy_loss
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Mean entropy, or cross-entropy, of one batch in nats.
+        """The objective, or the cross-entropy, of one batch in nats.
 
         Raises:
             ValueError: the batch is no table, or has no labels under that key.
         """
         if self.labels is None:
-            return entropy_loss(self.logits(model, batch))
+            return self.objective(self.logits(model, batch))
         if not isinstance(batch, Mapping) or self.labels not in batch:
             keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(f"The batches of task {self.name!r} have no {self.labels!r}, its labels; there is: {keys}.")

@@ -14,8 +14,8 @@ from peft import get_peft_model
 from torch import Tensor
 
 from peft_subspace import AtlasConfig
-from peft_subspace.training import CoefficientTrainer, Entropy, Moment, Negation, Ufm
-from peft_subspace.training.objectives import entropy_loss
+from peft_subspace.training import CoefficientTrainer, Entropy, InformationMaximization, Moment, Negation, Ufm
+from peft_subspace.training.objectives import entropy_loss, information_maximization_loss
 from tests.flows.test_trainer import arguments_for, examples
 from tests.pico import MODELS
 from tests.pools import pool_of
@@ -41,17 +41,18 @@ def batch_of(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def measured(model: Any, rows: list[dict[str, Tensor]]) -> tuple[float, float]:
-    """Cross-entropy and mean entropy."""
+def measured(model: Any, rows: list[dict[str, Tensor]]) -> tuple[float, float, float]:
+    """Cross-entropy, mean entropy, and that less the entropy of the mean."""
     batch = batch_of(rows)
     outputs = model.eval()(**batch)
-    return float(outputs.loss), float(entropy_loss(outputs.logits))
+    return float(outputs.loss), float(entropy_loss(outputs.logits)), float(information_maximization_loss(outputs.logits))
 
 
 OBJECTIVES: dict[str, Any] = {
     "few labels": lambda: {},
     "negation": lambda: {"objective": Negation(), "control_dataset": ROWS[12:]},
     "entropy": lambda: {"objective": Entropy()},
+    "information": lambda: {"objective": InformationMaximization()},
     "ufm": lambda: {"objective": Ufm(without_a_token, start=0.4, end=0.6, most=1)},
 }
 
@@ -67,13 +68,16 @@ def trainer(folder: Path, name: str, model: Any = None, **arguments: Any) -> Coe
     )
 
 
-@pytest.mark.parametrize("name", ["few labels", "negation", "entropy"])
+@pytest.mark.parametrize("name", ["few labels", "negation", "entropy", "information"])
 def test_what_is_asked_for_is_learned(name: str, tmp_path: Path) -> None:
     before, run = adapted(), trainer(tmp_path, name)
     run.train()
-    (target, entropy), (target_after, entropy_after) = measured(before, ROWS[:12]), measured(run.model, ROWS[:12])
+    (target, entropy, information), after = measured(before, ROWS[:12]), measured(run.model, ROWS[:12])
+    target_after = after[0]
     if name == "entropy":
-        assert entropy_after < 0.9 * entropy
+        assert after[1] < 0.9 * entropy
+    elif name == "information":
+        assert after[2] < 1.1 * information < 0
     elif name == "few labels":
         assert target_after < 0.9 * target
     else:

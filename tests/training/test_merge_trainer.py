@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from peft_subspace import AtlasConfig, ConcreteConfig
 from peft_subspace.training import MergeArguments, MergeTrainer, Task, pooled_logits, token_logits
-from peft_subspace.training.objectives import addition_loss, entropy_loss
+from peft_subspace.training.objectives import addition_loss, entropy_loss, information_maximization_loss
 from peft_subspace.training.tasks import Stream
 from tests.pico import MODELS
 from tests.pools import pool_of, vector_of, write_vector
@@ -62,10 +63,11 @@ def make(config: Any = ConcreteConfig, **fields: Any) -> Any:
     return get_peft_model(PICO.model(), config(pool=pool_of(PICO), **fields))
 
 
-def trainer(model: Any, **arguments: Any) -> MergeTrainer:
+def trainer(model: Any, objective: Any = entropy_loss, **arguments: Any) -> MergeTrainer:
     given = {"mask_steps": 6, "mask_lr": 0.1, "coefficient_steps": 6, "coefficient_lr": 0.05, "eval_every": 2, **arguments}
     torch.manual_seed(7)
-    return MergeTrainer(model, tasks(), MergeArguments(**given), accelerator=Accelerator(cpu=True))
+    chosen = [replace(task, objective=objective) for task in tasks()]
+    return MergeTrainer(model, chosen, MergeArguments(**given), accelerator=Accelerator(cpu=True))
 
 
 def lambdas(model: Any) -> list[Tensor]:
@@ -204,6 +206,24 @@ def test_the_first_look_is_plain_task_arithmetic(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert f"step 0 (task arithmetic): mask step 0: mean entropy {history[0].mean:.4f}" in printed
     assert "result: coefficients step" in printed
+
+
+def test_a_task_may_have_an_objective_of_its_own() -> None:
+    """And a look says what the loss is, where all tasks have the same."""
+    for objective, measure in (
+        (information_maximization_loss, "information maximization"),
+        (lambda logits: -logits.softmax(-1).amax(-1).mean(), "loss"),
+    ):
+        model, plain = make(learn_coefficients="task"), make(AtlasConfig, init=START).eval()
+        run = trainer(model, objective)
+        history = run.train()
+        for task in run.tasks:
+            batches = run._held_out[task.name]
+            with torch.no_grad():
+                expected = sum(float(objective(task.logits(plain, batch))) for batch in batches) / len(batches)
+            assert history[0].loss[task.name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert {look.measure for look in history} == {measure}
+        assert min(look.mean for look in history) < history[0].mean
 
 
 def test_metrics_are_asked_for_where_the_entropy_is_looked_at(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft_subspace.training.objectives import (
     addition_loss,
     entropy_loss,
+    information_maximization_loss,
     negation_loss,
     sharpen,
     threshold_at,
@@ -33,6 +34,26 @@ def test_entropy() -> None:
     sure = torch.tensor([[1e4, 0.0, 0.0]], requires_grad=True)
     entropy_loss(sure).backward()
     assert torch.isfinite(sure.grad).all()  # type: ignore[arg-type]
+
+
+def test_information_maximization() -> None:
+    """Minus the mutual information of input and class: least for sure answers of all classes, 0 where all are alike."""
+    logits = torch.randn(5, 6, 4, dtype=torch.float64, requires_grad=True)
+    p = logits.softmax(-1)
+    mean = p.mean((0, 1))
+    expected = -(p * p.log()).sum(-1).mean() + (mean * mean.log()).sum()
+    torch.testing.assert_close(information_maximization_loss(logits), expected.float())
+    (found,) = torch.autograd.grad(information_maximization_loss(logits), logits)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, logits)[0], atol=1e-6, rtol=1e-5)
+    alike, sure = torch.tensor([[3.0, 0.0, -1.0]]).repeat(6, 1), 1e4 * torch.eye(3).repeat(2, 1).requires_grad_(True)
+    assert abs(float(information_maximization_loss(alike))) < 1e-6
+    assert entropy_loss(sure) == entropy_loss(1e4 * torch.eye(3)[[0] * 6]) == 0  # which entropy cannot tell apart
+    torch.testing.assert_close(information_maximization_loss(sure), -torch.tensor(3.0).log())
+    masked = torch.randn(6, 4).index_fill(1, torch.tensor([2]), -torch.inf).requires_grad_(True)
+    for one in (sure, masked):
+        assert torch.isfinite(torch.autograd.grad(information_maximization_loss(one), one)[0]).all()
+    kept = masked.detach()[:, [0, 1, 3]]
+    torch.testing.assert_close(information_maximization_loss(masked), information_maximization_loss(kept))
 
 
 def test_sharpening_sharpens() -> None:
