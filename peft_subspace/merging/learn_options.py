@@ -114,8 +114,9 @@ class LearnOptions(Strict):
         accumulation: batches of each task for one step.
         eval_every: steps between looks at the loss and the accuracies.
         eval_batches: of each task, for the loss that is looked at.
-        patience: looks without a lower loss after which it ends.
-        select: keep the "best" look (the start is one of them), or the "last".
+        patience: looks without a better one after which it ends.
+        select: keep the "best" look (the start is one of them), the one with the highest "metric" (mean accuracy on the
+            held-out rows, which every task needs), or the "last".
         seed: of rows, batches and masks; the recipe's if it is left out.
     """
 
@@ -131,7 +132,7 @@ class LearnOptions(Strict):
     eval_every: Count = 50
     eval_batches: Count = 4
     patience: Count | None = None
-    select: Literal["best", "last"] = "best"
+    select: Literal["best", "metric", "last"] = "best"
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @field_validator("tasks")
@@ -150,6 +151,9 @@ class LearnOptions(Strict):
         without = [task.name for task in self.tasks if task.label is None]
         if self.loss == "cross_entropy" and without:
             raise ValueError(f"loss: cross_entropy needs the `label` column of every task, and {without[0]!r} names none")
+        blind = [task.name for task in self.tasks if not task.held_out]
+        if self.select == "metric" and blind:
+            raise ValueError(f"select: metric needs `held_out` rows of every task, and {blind[0]!r} has none")
         return self
 
     def table(self) -> dict[str, Any]:

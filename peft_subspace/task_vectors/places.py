@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,11 +58,7 @@ def put_in_place(made: Path, out: Path, overwrite: bool) -> None:
     """
     try:
         if out.exists() and overwrite and any(out.iterdir() if out.is_dir() else [out]):
-            old = out.with_name(out.name + ".replaced")
-            shutil.rmtree(old, ignore_errors=True)  # of an earlier attempt that was killed right here
-            os.rename(out, old)
-            os.rename(made, out)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            _replace(made, out)
         else:
             if out.exists():
                 out.rmdir()
@@ -69,6 +66,19 @@ def put_in_place(made: Path, out: Path, overwrite: bool) -> None:
         sync_folder(out.absolute().parent)
     except OSError as error:
         raise OutputError(f"{out}: cannot be put in place of {made}: {error.strerror or error}.") from error
+
+
+def _replace(made: Path, out: Path) -> None:
+    """Put what is there aside, under a name that nobody has; it comes back if the new folder cannot take its place."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.replaced-", dir=out.absolute().parent))
+    os.rename(out, aside / out.name)
+    try:
+        os.rename(made, out)
+    except OSError:
+        os.rename(aside / out.name, out)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def sync_folder(path: Path) -> None:

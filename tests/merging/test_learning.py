@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import statistics
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,18 @@ def test_classifiers_with_heads_of_their_own(
     assert re.search(rf"step 0 \({start}\): \w+ step 0: mean {measure} -?[\d.]+, .*accuracy on a", printed)
     assert re.search(r"result: \w+ step \d: mean", printed)
     assert f"{measure} at the start" in (tmp_path / "out.learned" / "README.md").read_text()
+
+
+def test_the_look_with_the_highest_accuracy_is_kept(tmp_path: Path) -> None:
+    """The first of them, while the entropy falls on."""
+    classifiers(tmp_path)
+    tasks = labelled(tmp_path, held_out=8)
+    merge(recipe(tmp_path, tasks=tasks, select="metric", lr=2.0, eval_every=1), tmp_path / "out")
+    looks = json.loads((tmp_path / "out.learned" / "history.json").read_text())
+    means = [statistics.mean(look["metrics"].values()) for look in looks]
+    entropies = [statistics.mean(look["loss"].values()) for look in looks]
+    assert record(tmp_path)["result"] == looks[means.index(max(means))]
+    assert entropies.index(min(entropies)) > means.index(max(means)) > 0
 
 
 @pytest.mark.parametrize("make", [classifiers, last_token_classifiers])
@@ -344,6 +357,7 @@ def test_recipes_that_do_not_fit_together(tmp_path: Path) -> None:
         (recipe(tmp_path, config={"coefficients": 1.0}), r"unknown key 'coefficients'; accepted: granularity"),
         (recipe(tmp_path, "concrete", config={"granularity": "rank"}), r"a mask of directions .* cannot be merged by"),
         (recipe(tmp_path, loss="cross_entropy"), r"needs the `label` column of every task, and 'a' names none"),
+        (recipe(tmp_path, select="metric"), r"select: metric needs `held_out` rows of every task, and 'a' has none"),
         (recipe(tmp_path, tasks=[one, one]), r"several tasks are called 'a'"),
         (recipe(tmp_path, tasks=[one, {**one, "name": "b", "answers": ["x", "y"]}]), r"of the kinds answers and text"),
         (recipe(tmp_path, tasks=[{**one, "answers": ["x", "x"]}]), r"two or more different texts"),
