@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import statistics
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
