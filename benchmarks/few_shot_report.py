@@ -17,8 +17,10 @@ LABELS = {
     "atlas": "aTLAS",
     "none": "16 shots, zero steps",
     "entropy": "16 shots, then entropy",
+    "information": "16 shots, then information maximization",
     "ufm": "16 shots, then UFM",
 }
+AT_TEST_TIME = ("none", "entropy", "information", "ufm")
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -61,15 +63,21 @@ def _cell(entry: dict[str, Any] | None) -> str:
 def report(runs: Sequence[dict[str, Any]], folder: Path, name: str = "few-shot") -> None:
     """Print the table, write `few-shot.json`, draw `few-shot.png`."""
     entries = summary(runs)
-    pairs = [("atlas", "probe"), ("atlas", "lora"), ("lora", "probe"), ("entropy", "none"), ("ufm", "none"), ("ufm", "entropy")]
+    pairs = [
+        ("atlas", "probe"),
+        ("atlas", "lora"),
+        ("lora", "probe"),
+        ("entropy", "none"),
+        ("information", "none"),
+        ("ufm", "none"),
+        ("ufm", "entropy"),
+    ]
     compared = {f"{LABELS[a]} / {LABELS[b]}": wins(runs, a, b) for a, b in pairs}
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
     table = Table("method", "shots", *tasks)
     rows = dict.fromkeys((entry["method"], entry["shots"]) for entry in sorted(entries, key=lambda e: e["shots"]))
     at = {(entry["task"], entry["method"], entry["shots"]): entry for entry in entries}
-    for method, shots in sorted(
-        rows, key=lambda row: (row[0] in ("none", "entropy", "ufm"), row[1], list(LABELS).index(row[0]))
-    ):
+    for method, shots in sorted(rows, key=lambda row: (row[0] in AT_TEST_TIME, row[1], list(LABELS).index(row[0]))):
         cells = [_cell(at.get((task, method, shots))) for task in tasks]
         table.add_row(LABELS[method], str(shots), *cells)
     Console(width=100).print(table)
@@ -84,7 +92,7 @@ def draw(at: dict[tuple[Any, ...], dict[str, Any]], tasks: Sequence[str], path: 
     """Accuracy against shots for every task, and before and after adaptation at test time."""
     from matplotlib.figure import Figure
 
-    adapted = [method for method in ("none", "entropy", "ufm") if any(key[1] == method for key in at)]
+    adapted = [method for method in AT_TEST_TIME if any(key[1] == method for key in at)]
     panels = len(tasks) + bool(adapted)
     figure = Figure(figsize=(3.4 * panels, 3.2), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
