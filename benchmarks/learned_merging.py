@@ -291,9 +291,9 @@ def by_entropy(
     return {"accuracy": suite.accuracies(model, part), "history": looks}
 
 
-def by_information(suite: Suite, seed: int, config: Any, rates: Rates) -> dict[str, Any]:
+def by_information(suite: Suite, seed: int, config: Any, rates: Rates, steps: int = STEPS) -> dict[str, Any]:
     """The same with the entropy of the mean answer taken off the loss, at the rates that were chosen for entropy."""
-    return by_entropy(suite, seed, config, rates, objective=information_maximization_loss)
+    return by_entropy(suite, seed, config, rates, steps=steps, objective=information_maximization_loss)
 
 
 def by_labels(suite: Suite, seed: int, config: Any, rate: float, part: str = "test") -> dict[str, Any]:
@@ -352,6 +352,9 @@ FURTHER: dict[str, Callable[[Suite, int, Rates], dict[str, Any]]] = {
     "AdaMerging, layer, information": lambda s, seed, rates: by_information(s, seed, atlas(s, "block"), rates),
     "Concrete TA, information": lambda s, seed, rates: by_information(s, seed, concrete(s, seed, None), rates),
     "Concrete AM, layer, information": lambda s, seed, rates: by_information(s, seed, concrete(s, seed, "layer"), rates),
+    f"Concrete TA, information, {LONG} steps": lambda s, seed, rates: by_information(
+        s, seed, concrete(s, seed, None), rates, steps=LONG
+    ),
 }
 
 
