@@ -83,8 +83,8 @@ def main() -> None:
     # 1. compress; the best factors for what the layers get as input
     config = PelaConfig(compression=options.compression, train_norms=True, modules_to_save=["classifier"], task_type="SEQ_CLS")
     model: Any = get_peft_model(base, config)
-    sample = [collate([unlabelled[i] for i in range(start, start + 32)]) for start in range(0, 256, 32)]
-    model.calibrate(sample)
+    few = [unlabelled[number] for number in range(min(256, len(unlabelled)))]
+    model.calibrate([collate(few[start : start + 32]) for start in range(0, len(few), 32)])
 
     # 2. heal: no labels, the original is the teacher
     args = arguments(options.output_dir / "heal", options, learning_rate=3e-4, num_train_epochs=1)
@@ -100,7 +100,8 @@ def main() -> None:
     before = trainer.evaluate()["eval_accuracy"]
 
     # 4. what it costs and saves; then leave the original weights behind
-    batch = {key: value.to(model.device) for key, value in collate([test[i] for i in range(64)]).items() if key != "labels"}
+    inputs = collate([test[number] for number in range(min(64, len(test)))])
+    batch = {key: value.to(model.device) for key, value in inputs.items() if key != "labels"}
     report = compression_report(model, batch)
     rich.print(report.tables()[0])
     report.draw(options.output_dir / "report.png")

@@ -97,8 +97,8 @@ class AtlasConfig(PooledConfig):
             )
         if self.selected is not None and self.constraint == "softmax":
             raise ValueError("selected: with constraint='softmax' a vector that is left out would keep its share of one.")
-        self.check_in_pool(self.init if isinstance(self.init, dict) else ())
-        self.check_in_pool(name for names in chosen.values() for name in names)
+        self.check_in_pool("init", self.init if isinstance(self.init, dict) else ())
+        self.check_in_pool("selected", (name for names in chosen.values() for name in names))
         if self.constraint == "softmax" and len(self.vector_names) == 1:
             raise ValueError(f"constraint='softmax': the share of {self.vector_names[0]!r} alone would always be one.")
 

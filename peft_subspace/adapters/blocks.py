@@ -229,14 +229,15 @@ def _check_ties(config: Any, opened: OpenedPool) -> None:
     sharing: dict[str, list[str]] = {}
     for name in sorted(opened.blocks):
         sharing.setdefault(opened.source_of(name), []).append(name)
-    fused = getattr(config, "fused_splits", {})
-    splits = tuple(fused)
+    splits = tuple(getattr(config, "fused_splits", {}))
     for tied in sharing.values():
         in_parts = config.granularity in ("row", "column", "partition") or any(n.endswith(splits) for n in tied if splits)
         if len(tied) > 1 and in_parts:
+            by = f"granularity={config.granularity!r}" + (f", fused_splits={config.fused_splits!r}" if splits else "")
             raise ValueError(
-                f"{' and '.join(tied)} are one tensor, which cannot be composed in parts (granularity={config.granularity!r}, "
-                f"fused_splits={fused!r}). Use granularity='block', or leave these layers out (exclude_modules)."
+                f"{' and '.join(tied)} are one tensor, which cannot be composed in parts ({by}). Use "
+                f"granularity={type(config).granularity!r}{' without fused_splits' if splits else ''}, or leave these layers "
+                f"out (exclude_modules)."
             )
 
 

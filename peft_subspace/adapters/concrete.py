@@ -90,7 +90,7 @@ class ConcreteConfig(PooledConfig):
         self.check_kind("coefficients", all(map(is_number, starts)), "a finite number, or a table of them by name,")
         for name in ("clamp_coefficients", "rescale", "stochastic", "train_mask"):
             self.check_kind(name, isinstance(getattr(self, name), bool), "True or False")
-        self.check_in_pool(self.coefficients if isinstance(self.coefficients, dict) else ())
+        self.check_in_pool("coefficients", self.coefficients if isinstance(self.coefficients, dict) else ())
         if self.save_mask == "hard" and self.eval_mask != "hard":
             raise ValueError(
                 f"save_mask='hard' keeps which logits are not negative, and eval_mask={self.eval_mask!r} needs their values. "
@@ -500,7 +500,7 @@ class ConcreteModel(PooledModel):
 
     def freeze_mask(self, adapter_name: str = "default") -> None:
         """End the training of the logits: from now on the evaluation mask is used in training too, for the coefficients."""
-        self.peft_config[adapter_name].train_mask = False
+        self.config_of(adapter_name).train_mask = False
         for delta in self._deltas(adapter_name):
             delta.learns_mask = delta.config.train_mask = False
             if "logits" in delta._parameters:
@@ -515,7 +515,7 @@ class ConcreteModel(PooledModel):
         Raises:
             ValueError: another kind, or one that needs logits where only hard bits are there or will be saved.
         """
-        config = self.peft_config[adapter_name]
+        config = self.config_of(adapter_name)
         if config.save_mask == "hard" and kind != "hard":
             raise ValueError(
                 f"eval_mask={kind!r} needs logits, and save_mask='hard' keeps their signs alone. Call save_mask_as first, or "
@@ -535,7 +535,7 @@ class ConcreteModel(PooledModel):
             kind: "float32", "bfloat16" or "hard", as `save_mask` of the config; "hard" sets `eval_mask="hard"` too.
             adapter_name: the adapter.
         """
-        config = self.peft_config[adapter_name]
+        config = self.config_of(adapter_name)
         if config.has_bits:
             raise ValueError(
                 f"The adapter {adapter_name!r} came from a file with a hard mask and has no logits to save as {kind!r}."
@@ -568,7 +568,7 @@ class ConcreteModel(PooledModel):
         Raises:
             ValueError: the mask is on directions of factors, not on entries.
         """
-        config = self.peft_config[adapter_name]
+        config = self.config_of(adapter_name)
         deltas = self._deltas(adapter_name)
         if any(delta.by_rank for delta in deltas):
             raise ValueError("granularity='rank' masks directions of factors, and files have entries. Use `save_task_vector`.")

@@ -300,7 +300,7 @@ class FloraModel(SubspaceModel):
         Raises:
             ValueError: a quantised layer (it has no gradient), or no gradient reached a layer.
         """
-        config = copy.deepcopy(self.peft_config[adapter_name])  # the ranks that are found must not match other layers
+        config = copy.deepcopy(self.config_of(adapter_name))  # the ranks that are found must not match other layers
         for key, layer, container, gradient in mean_gradients(self, batches, loss_fn, adapter_name, layers_at_once):
             weight, geometry = layer.geometries[container]
             gradient = geometry.canonical(gradient)
@@ -345,7 +345,7 @@ class FloraModel(SubspaceModel):
         """
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance={tolerance} is a relative error: it must be between 0 and 1.")
-        config = self.peft_config[adapter_name]
+        config = self.config_of(adapter_name)
         report = {}
         for key, layer in self.named_subspace_layers():
             tensors = {}

@@ -407,13 +407,14 @@ class PelaModel(SubspaceModel):
         Raises:
             ValueError: no batches, or a layer that none of them reached.
         """
+        config = self.config_of(adapter_name)
         for key, layer, moments in input_moments(self, batches, forward, adapter_name, layers_at_once):
             for container, delta in layer.deltas(adapter_name).items():
                 try:
                     delta.factor(layer._canonical_weight(container), moments)
                 except ValueError as error:
                     raise ValueError(f"{key}: {error}") from error
-        self.peft_config[adapter_name].activation_weighted = True
+        config.activation_weighted = True
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -96,7 +96,7 @@ class PooledConfig(SubspaceConfig):
         unknown = [kind for kind in self.block_types if kind not in BLOCK_TYPES]
         if unknown or not self.block_types:
             raise ValueError(f"block_types={self.block_types!r}: accepted are {', '.join(map(repr, BLOCK_TYPES))}.")
-        self.check_in_pool(self.exclude_pool)
+        self.check_in_pool("exclude_pool", self.exclude_pool)
 
     def check_kind(self, name: str, fits: bool, expected: str) -> None:
         """Raise ValueError unless the value of a field fits."""
@@ -109,11 +109,11 @@ class PooledConfig(SubspaceConfig):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known. Accepted: {', '.join(map(repr, accepted))}.")
 
-    def check_in_pool(self, names: Any) -> None:
+    def check_in_pool(self, field: str, names: Any) -> None:
         """Raise ValueError for names of vectors that the pool does not have."""
         unknown = sorted(set(names) - set(self.pool))
         if unknown:
-            raise ValueError(f"{unknown} are not in the pool, which has {sorted(self.pool)}.")
+            raise ValueError(f"{field}: {unknown} are not in the pool, which has {sorted(self.pool)}.")
 
     @property
     def vector_names(self) -> list[str]:
@@ -206,6 +206,7 @@ class PooledModel(SubspaceModel):
 
     def deltas(self, adapter_name: str) -> Iterator[Any]:
         """Every Delta of an adapter."""
+        self.config_of(adapter_name)
         for _, layer in self.named_subspace_layers():
             yield from layer.deltas(adapter_name).values()
 
@@ -236,12 +237,12 @@ class PooledModel(SubspaceModel):
             path: ends in `.safetensors`; it appears when it is whole.
             adapter_name: the adapter.
         """
-        tensors = {}
+        config, tensors = self.config_of(adapter_name), {}
         for _, layer in self.named_subspace_layers():
             for container, delta in layer.deltas(adapter_name).items():
                 dense = delta.geometry.native(layer.dense_update(container, adapter_name))
                 tensors[delta.block] = dense.float()
-        save_task_vector_file(path, tensors, self.peft_config[adapter_name])
+        save_task_vector_file(path, tensors, config)
 
 
 def add_directions(geometry: Geometry, x: Tensor, out: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> Tensor:

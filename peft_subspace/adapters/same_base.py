@@ -79,19 +79,20 @@ def check_pools_base(entries: list[Entry], model: nn.Module, looks: bool) -> Non
 
 
 def _look(entry: Entry, names: list[str]) -> None:
-    """Compare a whole model with its base, by the first values of each tensor."""
+    """Compare a whole model with its base, by the first values of each tensor; not an adapter, which may change much."""
     squares: dict[str, list[float]] = {}
-    changed, reader = False, Reader()
-    for name in names:
-        own = entry.names[name]
+    looked, changed, reader = False, False, Reader()
+    for own in (entry.names[name] for name in names):
+        if not entry.vector.is_whole(own):
+            continue
         difference = next(part for _, part in entry.vector.parts(own, LOOK))
-        changed = changed or bool(difference.any())
+        looked, changed = True, changed or bool(difference.any())
         if len(entry.vector.shapes[own]) > 1:
             base = reader.stored(entry.vector.base[own], 0, difference.numel(), 0).double()
-            block = squares.setdefault(block_of(name), [0.0, 0.0])
+            block = squares.setdefault(block_of(own), [0.0, 0.0])
             block[0] += float(base.square().sum())
             block[1] += float(difference.double().square().sum())
-    if not changed:
+    if looked and not changed:
         warnings.warn(
             f"The task vector {entry.name!r} is zero wherever it was looked at: is it {entry.vector.base_name} itself?",
             stacklevel=2,

@@ -459,7 +459,7 @@ class SvfitModel(SubspaceModel):
         Raises:
             ValueError: a low-rank basis, which cannot be made again.
         """
-        config = self.peft_config[adapter_name]
+        config = self.config_of(adapter_name)
         if not keep and config.svd == "lowrank":
             raise ValueError("svd='lowrank' finds another subspace each time: its basis must be in the file.")
         layers = [layer for _, layer in self.named_subspace_layers() if layer.has_adapter(adapter_name)]
@@ -472,7 +472,7 @@ class SvfitModel(SubspaceModel):
         for delta in deltas:
             delta.register_buffer("basis", delta.basis.to(dtype), persistent=keep)
             delta.config.save_basis = keep
-        config.basis_dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+        config.basis_dtype = str(dtype).removeprefix("torch.")
         config.save_basis = keep
 
 

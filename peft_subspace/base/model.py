@@ -225,6 +225,16 @@ class SubspaceModel(BaseTuner):
                     name = name.rpartition(".")[0]
                 yield (f"{name}.{module.parameter_name}" if isinstance(module, (ParamWrapper, Holder)) else name), module
 
+    def config_of(self, adapter_name: str) -> Any:
+        """The config of an adapter.
+
+        Raises:
+            ValueError: there is none of that name; says which there are.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(self.peft_config)}. Pass adapter_name=...")
+        return self.peft_config[adapter_name]
+
     @staticmethod
     def base_weight(model: nn.Module, name: str, weight: str) -> Tensor:
         """The float weight of a layer that is to be adapted, in the module's layout, dequantised if need be."""

@@ -25,7 +25,7 @@ def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool
     check_before_learning(recipe, out, device)
     check_tasks(recipe)
     vectors = vectors_of(recipe)
-    texts = lines(recipe.subspace.learn, vectors)
+    texts = lines(recipe.subspace.learn, recipe.merge_method, vectors)
     console.say(f"Method   {recipe.merge_method} ({recipe.method.reference}), learned first", quiet)
     console.say(f"Base     {recipe.base_model}", quiet)
     for name, reference in vectors.items():

@@ -30,6 +30,7 @@ _POOLED = (
     "granularity", "init", "target_modules", "exclude_modules", "target_parameters", "block_types", "vector_dtype", "placement",
     "max_vector_bytes", "strict", "bundle_vectors",
 )  # fmt: skip
+LOSSES = {"entropy": "entropy", "information_maximization": "information maximization", "cross_entropy": "cross-entropy"}
 CONFIGS = {
     "atlas": (*_POOLED, "partition", "partition_seed", "tie_blocks", "fused_splits", "selected", "constraint"),
     "concrete": (
@@ -221,11 +222,14 @@ def data_place(task: TaskOptions) -> str:
     return f"{task.data} ({extra.removeprefix(', ')})" if not os.path.isfile(task.data) else task.data
 
 
-def lines(learn: LearnOptions, models: Mapping[str, Reference]) -> list[str]:
+def lines(learn: LearnOptions, method: str, models: Mapping[str, Reference]) -> list[str]:
     """The learning in words, for a dry run."""
+    learns_numbers = method == "atlas" or learn.config.get("learn_coefficients") is not None
+    rates = [f"rate {learn.lr:g} of coefficients"] if learns_numbers else []
+    rates += [f"rate {learn.mask_lr:g} of the mask"] if method == "concrete" else []
     steps = f"{learn.steps} steps of {learn.batch_size * learn.accumulation} rows of each task"
     settings = ", ".join(f"{name} {value}" for name, value in learn.config.items()) or "defaults"
-    found = [f"Learns   by {learn.loss.replace('_', '-')}, {steps}, rate {learn.lr:g}; {settings}"]
+    found = [f"Learns   by {LOSSES[learn.loss]}, {steps}, {', '.join(rates)}; {settings}"]
     for task in learn.tasks:
         columns = " + ".join(task.text) if isinstance(task.text, list) else repr(task.text or task.image)
         own = models.get(task.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -62,7 +63,7 @@ class Verification:
     not_found: list[str] = field(default_factory=list)
 
 
-def verify(folder: Path, inputs: bool = True) -> Verification:
+def verify(folder: str | os.PathLike[str], inputs: bool = True) -> Verification:
     """Compare a merged folder and the models that it was made from with its manifest.
 
     Args:
@@ -72,6 +73,7 @@ def verify(folder: Path, inputs: bool = True) -> Verification:
     Raises:
         VerifyError: a file is missing, has other bytes, or is not in the manifest; a model has changed.
     """
+    folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise VerifyError(f"{folder}: has no {MANIFEST}, so it is no result of `peft-subspace merge`, or no whole one.")

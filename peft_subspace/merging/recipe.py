@@ -198,7 +198,10 @@ class Recipe(Strict):
             accepted = (
                 f"{method.minimum} or more models" if method.minimum != most else f"{method.minimum} model{'s' * (most > 1)}"
             )
-            raise ValueError(f"merge_method {self.merge_method!r} takes {accepted} beside the base, and there are {others}")
+            alone = " (the base itself does not count)" if others < len(self.models) else ""
+            raise ValueError(
+                f"merge_method {self.merge_method!r} takes {accepted} beside the base, and there are {others}{alone}"
+            )
         return self
 
     def _check_mask(self, method: registry.Method) -> None:

@@ -73,7 +73,7 @@ def merge(
         from .adapters_out import merge_adapters
 
         return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
-    partial = _prepare(out, resume, overwrite)
+    partial = _prepare(out, plan, resume, overwrite)
     if partial is None:
         return out
     journal = Journal(partial.with_name(partial.name + ".journal"))
@@ -119,10 +119,20 @@ def check_place(out: Path, resume: bool, overwrite: bool) -> bool:
     return False
 
 
-def _prepare(out: Path, resume: bool, overwrite: bool) -> Path | None:
-    """The folder of the unfinished result, or None if it is finished already."""
+def _prepare(out: Path, plan: Plan, resume: bool, overwrite: bool) -> Path | None:
+    """The folder of the unfinished result, or None if it is finished already.
+
+    Raises:
+        OutputError: another recipe's result is there.
+    """
     partial = partial_path(out)
     if check_place(out, resume, overwrite):
+        made_by = out / RECIPE_FILE
+        if not made_by.is_file() or made_by.read_bytes() != plan.recipe.to_yaml().encode():
+            raise OutputError(
+                f"{out}: is there already, and {RECIPE_FILE} in it is another recipe, so there is nothing to resume. Choose "
+                f"another folder, or pass --overwrite."
+            )
         partial.with_name(partial.name + ".journal").unlink(missing_ok=True)
         return None
     begin_folder(partial, keep=resume)

@@ -32,6 +32,10 @@ WAYS_OUT = {
     "`model.base_model.save_task_vector('learned.safetensors')`, and give that file instead.",
     "CONCRETE": "Its file has a mask for other vectors: load it with PEFT, write what it adds by "
     "`model.base_model.save_task_vector('learned.safetensors')`, and give that file instead.",
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE"),
+        "It adds inputs of its own and changes no weight, so there is nothing of it to merge.",
+    ),
     "PELA": "Its factors stand in for the base's weights: load it with PEFT, `model.merge_and_unload().save_pretrained(...)`, "
     "and give that model instead.",
 }

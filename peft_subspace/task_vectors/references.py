@@ -105,5 +105,6 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{name!r}: there is no such folder here, and the Hub did not give it: {reason}") from error
+        asked = repr(name) if revision is None else f"{name!r} at revision {revision!r}"
+        raise InputError(f"{asked}: there is no such folder here, and the Hub did not give it: {reason}") from error
     return path, path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else None

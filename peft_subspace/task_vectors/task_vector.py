@@ -118,6 +118,10 @@ class TaskVector:
     def __neg__(self) -> TaskVector:
         return -1.0 * self
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a model gives a tensor's own values, not a change of them."""
+        return any(name in given and given[name].values is not None for _, given in self.terms)
+
     def __len__(self) -> int:
         return len(self.shapes)
 
@@ -253,7 +257,10 @@ def _alone(source: Source) -> dict[str, Given]:
     """What an adapter or a task-vector file gives, by its own names."""
     (part,) = source.checkpoints
     if part.kind == "model":
-        raise InputError(f"{part.name} is a whole model: name the base that it was made from, to take the difference.")
+        raise InputError(
+            f"{part.name} is a whole model: name the base that it was made from (base, on the command line --base), to take "
+            f"the difference."
+        )
     if part.kind == "task_vector":
         return {name: Given(None, (delta,)) for name, delta in task_vector_deltas(part).items()}
     adapter = read_adapter(part)

@@ -118,7 +118,10 @@ def check_shapes(owner: str, pairs: Iterable[tuple[str, tuple[int, ...], tuple[i
         else:
             other.append(f"{name!r} is {list(shape)}, in the base {list(base)}")
     if other:
-        raise InputError(f"{owner}: {len(other)} tensors have other shapes than in the base: {shortened(other)}.")
+        raise InputError(
+            f"{owner}: {len(other)} tensors have other shapes than in the base: {shortened(other)}. They are of "
+            f"different sizes or architectures: give a model that was made from the base, or its own base."
+        )
     if rows:
         name, base_rows, own_rows = rows[0]
         way = (

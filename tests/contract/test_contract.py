@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -846,6 +848,26 @@ def test_dropout_acts_in_training_only(method: Method, name: str) -> None:
     assert torch.equal(run(model.eval(), batch), run(without, batch))
     with model.train().disable_adapter():
         assert torch.equal(run(model, batch), run(MODELS[name].model(), batch)), "the base's input is not dropped"
+
+
+def test_an_adapter_that_is_not_there_is_named(method: Method, tmp_path: Path) -> None:
+    """By all that a tuner does with an adapter of a name: none of it returns nothing, or fails with a bare key."""
+    tuner = adapt(method, MODELS["mlp"]).base_model
+    tuner.peft_config["mine"] = tuner.peft_config["default"]
+    given = {"batches": [], "mode": True, "kind": "hard", "folder": tmp_path / "new", "path": tmp_path / "new.safetensors"}
+    called = set()
+    for name, function in inspect.getmembers(type(tuner), inspect.isfunction):
+        parameters = inspect.signature(function).parameters
+        if name.startswith("_") or hasattr(BaseTuner, name) or "adapter_name" not in parameters:
+            continue
+        needed = [key for key, one in parameters.items() if one.default is one.empty and key not in ("self", "adapter_name")]
+        if name in ("supports_lora_conversion", "add_weighted_adapter"):  # PEFT's
+            continue
+        with pytest.raises(ValueError, match=r"There is no adapter 'nobody', only \['default', 'mine'\]"):
+            list(getattr(tuner, name)(**{key: given[key] for key in needed}, adapter_name="nobody"))
+        called.add(name)
+    assert called, "`config_of` at least"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["mha", "moe"])

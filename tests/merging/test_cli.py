@@ -494,3 +494,9 @@ def test_resume_says_when_there_is_nothing_to_resume(command: Command) -> None:
     code, out, _ = command("merge", "recipe.yaml", "out", "--resume")
     assert code == 0
     assert "Nothing to resume: out is there already." in out
+    other = yaml.safe_load(Path("recipe.yaml").read_text())
+    other["models"][0]["parameters"]["weight"] = 0.9
+    Path("other.yaml").write_text(yaml.safe_dump(other))
+    code, _, err = command("merge", "other.yaml", "out", "--resume")
+    assert code == 4
+    assert "out: is there already, and merge_recipe.yaml in it is another recipe" in err

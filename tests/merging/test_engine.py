@@ -490,6 +490,41 @@ def test_statistics_of_fisher_and_regmean(tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
 
 
+def test_statistics_that_do_not_belong_to_the_tensors_are_refused(tmp_path: Path) -> None:
+    """On the headers: a dry run says so, too."""
+    from safetensors.torch import save_file
+
+    models = trio(tmp_path)
+    key = "model.layers.0.mlp.up_proj.weight"
+    rows, columns = models["a"][key].shape
+
+    def plan(method: str, first: dict[str, tuple[int, ...]], second: dict[str, tuple[int, ...]]) -> None:
+        table = recipe(tmp_path, method, "ab")
+        for entry, shapes in zip(table["models"], (first, second), strict=True):
+            path = entry["parameters"]["statistics"] = f"{entry['model']}-statistics.safetensors"
+            save_file({name: torch.ones(shape) for name, shape in shapes.items()}, path)
+        make_plan(make_recipe(table))
+
+    gram, diagonal = {key: (columns, columns)}, {key: (rows, columns)}
+    plan("regmean", gram, gram)
+    plan("fisher", diagonal, diagonal)
+    cases: list[tuple[str, dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], str]] = [
+        ("regmean", gram, {"up_proj": (columns, columns)}, r"statistics of \S+b: up_proj: there are no such .* named as in"),
+        ("regmean", gram, diagonal, rf"statistics of \S+b: '{key}' is \[{rows}, {columns}\], \[{columns}, {columns}\] exp"),
+        (
+            "regmean",
+            {"model.norm.weight": (1,)},
+            gram,
+            r"'model\.norm\.weight' is \[1\], none expected: regmean takes the Gram",
+        ),
+        ("fisher", {key: (3, 3)}, diagonal, rf"statistics of \S+a: '{key}' is \[3, 3\], \[{rows}, {columns}\] expected"),
+        ("fisher", diagonal, {}, rf"{key}: \S+b has no statistics of it, and another model has"),
+    ]
+    for method, first, second, message in cases:
+        with pytest.raises(InputError, match=message):
+            plan(method, first, second)
+
+
 def test_threads_leave_torch_as_it_was(tmp_path: Path) -> None:
     trio(tmp_path)
     before = torch.get_num_threads()

@@ -35,7 +35,9 @@ def save_model(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def adapted(pico: Pico, config: peft.PeftConfig, folder: Path) -> tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]]:
+def adapted(
+    pico: Pico, config: peft.PeftConfig, folder: Path, embeddings: bool = False
+) -> tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]]:
     """Base and adapter on disk, and the values of the base and of the model that PEFT merges."""
     model = pico.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -45,7 +47,7 @@ def adapted(pico: Pico, config: peft.PeftConfig, folder: Path) -> tuple[Path, Pa
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name or parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape) * 0.3
-    wrapped.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    wrapped.save_pretrained(folder / "adapter", save_embedding_layers=embeddings)
     return base, folder / "adapter", before, wrapped.merge_and_unload().state_dict()
 
 
@@ -211,6 +213,21 @@ def test_what_is_no_plain_lora_is_refused_by_name(options: dict[str, Any], name:
     (adapter / "adapter_config.json").write_text(json.dumps({**table, **options}))
     with pytest.raises(InputError, match=rf"uses {name}.*merge_and_unload"):
         TaskVector.open(adapter, base)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_the_bases_embedding_that_peft_stores_is_no_update(tmp_path: Path) -> None:
+    """Which it does by default beside a LoRA on an embedding; without one it is not known what it is for."""
+    config = peft.LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"])
+    parts = adapted(MODELS["llama"], config, tmp_path, embeddings=True)
+    file = parts[1] / "adapter_model.safetensors"
+    stored = load_file(file)
+    (frozen,) = (key for key in stored if key.endswith("embed_tokens.base_layer.weight"))
+    vector = check(*parts)
+    assert vector.rank("model.embed_tokens.weight") == 3
+    save_file({key: value for key, value in stored.items() if "embed_tokens.lora" not in key}, file)
+    with pytest.raises(InputError, match=rf"'{frozen}' is a weight of the base without a LoRA.*save_embedding_layers=False"):
+        TaskVector.open(parts[1], parts[0])
 
 
 class Experts(nn.Module):

@@ -167,6 +167,7 @@ for _method in (
         "regmean", "matrix", "model", f"{_HERE}.data:regmean",
         (WEIGHT, STATISTICS, Parameter("reduction", 0.9, minimum=0.0, maximum=1.0, help="factor of off-diagonal entries")),
         base="ignored", statistics="the Gram matrix [in, in] of each layer's inputs",
+        statistics_shape=lambda shape: (shape[1], shape[1]) if len(shape) == 2 else None,
         reference="RegMean, arXiv:2212.09849", fallback="weighted mean for tensors without a Gram matrix",
     ),
     Method(

@@ -156,6 +156,7 @@ class Method:
         maximum: Greatest number of models beside the base.
         statistics: What each model must bring besides itself, in words; empty for nothing. The file is named by the
             model's parameter `statistics` and has tensors of the same names.
+        statistics_shape: Shape of a tensor -> that of its statistic, None for a tensor that can have none.
         check: Raises a ValueError if `(options, per_model, weights, semantics)` do not go together; must not import torch.
         reference: Paper or tool, one line.
         aliases: Other names of it.
@@ -177,6 +178,7 @@ class Method:
     minimum: int = 1
     maximum: int | None = None
     statistics: str = ""
+    statistics_shape: Callable[[tuple[int, ...]], tuple[int, ...] | None] = lambda shape: shape
     check: Check | None = None
     reference: str = ""
     aliases: tuple[str, ...] = ()
