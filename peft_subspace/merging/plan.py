@@ -20,7 +20,7 @@ from .methods.registry import Method
 from .recipe import Recipe
 
 CHUNK = 2**19  # values that a worker reads at a time from each model
-HELD, WORKER = 108 * 10**6, 10 * 10**6  # bytes of inputs that are kept between the passes over a tensor, less for each worker
+HELD, WORKER = 112 * 10**6, 10 * 10**6  # bytes of inputs that are kept between the passes over a tensor, less for each worker
 TORCH_MEMORY = 150 * 10**6  # private bytes of Python and torch before any work
 READ_RATE, NS_PER_VALUE = 1e9, {"elementwise": 4.0, "rows": 25.0, "matrix": 200.0}  # for the estimate of the time
 
