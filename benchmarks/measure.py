@@ -339,7 +339,7 @@ class Spread:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine; no names of hosts, users or folders."""
     return {
-        "command": " ".join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", *(_relative(arg) if os.path.isabs(arg) else arg for arg in sys.argv)]),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}, "peft_subspace": _own_version()},
         "machine": {
             "cpu": _cpu_name(),
