@@ -43,7 +43,7 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None:
-        raise ValueError(f"There is no adapter {adapter_name!r}. Loaded: {sorted(getattr(model, 'peft_config', {}))}.")
+        raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(getattr(model, 'peft_config', {}))}.")
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # layer -> (weight -> A, B)
     layers: dict[str, nn.Module] = {}
     saved: dict[str, dict[str, Tensor]] = {}

@@ -30,7 +30,6 @@ _POOLED = (
     "granularity", "init", "target_modules", "exclude_modules", "target_parameters", "block_types", "vector_dtype", "placement",
     "max_vector_bytes", "strict", "bundle_vectors",
 )  # fmt: skip
-LOSSES = {"entropy": "entropy", "information_maximization": "information maximization", "cross_entropy": "cross-entropy"}
 CONFIGS = {
     "atlas": (*_POOLED, "partition", "partition_seed", "tie_blocks", "fused_splits", "selected", "constraint"),
     "concrete": (
@@ -152,6 +151,8 @@ class LearnOptions(Strict):
         without = [task.name for task in self.tasks if task.label is None]
         if self.loss == "cross_entropy" and without:
             raise ValueError(f"loss: cross_entropy needs the `label` column of every task, and {without[0]!r} names none")
+        if self.loss == "information_maximization" and self.batch_size < 2:
+            raise ValueError("loss: information_maximization compares the answers of a batch: batch_size is 2 or more")
         blind = [task.name for task in self.tasks if not task.held_out]
         if self.select == "metric" and blind:
             raise ValueError(f"select: metric needs `held_out` rows of every task, and {blind[0]!r} has none")
@@ -229,7 +230,7 @@ def lines(learn: LearnOptions, method: str, models: Mapping[str, Reference]) -> 
     rates += [f"rate {learn.mask_lr:g} of the mask"] if method == "concrete" else []
     steps = f"{learn.steps} steps of {learn.batch_size * learn.accumulation} rows of each task"
     settings = ", ".join(f"{name} {value}" for name, value in learn.config.items()) or "defaults"
-    found = [f"Learns   by {LOSSES[learn.loss]}, {steps}, {', '.join(rates)}; {settings}"]
+    found = [f"Learns   by {learn.loss.replace('cross_', 'cross-').replace('_', ' ')}, {steps}, {', '.join(rates)}; {settings}"]
     for task in learn.tasks:
         columns = " + ".join(task.text) if isinstance(task.text, list) else repr(task.text or task.image)
         own = models.get(task.name)

@@ -82,6 +82,11 @@ def learn(
             return replay
         if not overwrite or not (folder / RECORD).is_file():
             raise OutputError(f"{folder}: is there already. Choose another name for the result, or pass --overwrite.")
+    elif resume and not overwrite and out.is_dir() and any(out.iterdir()):
+        raise OutputError(
+            f"{out}: is there already, and {folder}, by which it was merged, is not: there is nothing to resume. Choose "
+            f"another folder, or pass --overwrite to learn and merge anew."
+        )
     if partial.exists() and not resume and not overwrite:
         raise OutputError(f"{partial}: an unfinished learning is there. Pass --resume to go on, or --overwrite to start anew.")
     begin_folder(partial, keep=resume)

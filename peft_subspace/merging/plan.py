@@ -20,7 +20,6 @@ from .methods.registry import Method
 from .recipe import Recipe
 
 CHUNK = 2**19  # values that a worker reads at a time from each model
-HELD, WORKER = 112 * 10**6, 10 * 10**6  # bytes of inputs that are kept between the passes over a tensor, less for each worker
 TORCH_MEMORY = 150 * 10**6  # private bytes of Python and torch before any work
 READ_RATE, NS_PER_VALUE = 1e9, {"elementwise": 4.0, "rows": 25.0, "matrix": 200.0}  # for the estimate of the time
 
@@ -28,9 +27,10 @@ READ_RATE, NS_PER_VALUE = 1e9, {"elementwise": 4.0, "rows": 25.0, "matrix": 200.
 def held_bytes(threads: int) -> int:
     """Bytes of inputs that all workers together keep between the passes over a tensor, so that they are read once.
 
-    Where there are few workers, whose buffers take little, these are all of a tensor of 2,048 x 5,504 in four models (90 MB).
+    The fewer there are, the less room their buffers take: one worker keeps a tensor of 2,048 x 5,504 of four models in bfloat16
+    (90 MB), each of two the same of two models.
     """
-    return max(0, HELD - WORKER * threads)
+    return max(48 * 10**6, 112 * 10**6 - 10 * 10**6 * threads)
 
 
 @dataclass(frozen=True)

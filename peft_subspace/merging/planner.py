@@ -19,7 +19,7 @@ from .methods.registry import Method
 from .parameters import check_parameters, depths, resolve
 from .plan import Equal, Plan, TensorPlan
 from .recipe import Recipe
-from .statistics import check_statistics, open_statistics
+from .statistics import open_statistics
 
 _TIED_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
 
@@ -87,7 +87,7 @@ class _Planner:
         self.equal: list[Equal] = []
         self.left_out: set[str] = set()
         self.untied = False
-        self.statistics = open_statistics(recipe, method)
+        self.statistics = open_statistics(recipe, method, sources, self.known)
         self.found = None if learned is None else learned_tensors(learned, method.learned_tensor, self.known, self.config)
         opened = open_mask(recipe, self.known, self.config)
         self.mask = None if opened is None else opened[0]
@@ -117,9 +117,6 @@ class _Planner:
         layout = make_layout(((t.name, t.dtype, t.shape) for t in tensors), size, metadata, weights)
         self._compare_bases()
         names = tuple(str(entry.model) for entry in self.recipe.merged_models)
-        merged = {tensor.name: tensor.shape for tensor in tensors if tensor.action == "merge"}
-        if self.statistics:
-            check_statistics(self.method, names, self.statistics, merged)
         checks = tuple(self.equal)
         return Plan(
             self.recipe, self.base, self.sources, names, tuple(tensors), layout, checks, tuple(self.notes), self.untied,
@@ -199,7 +196,7 @@ class _Planner:
         partner = (tied_head(name, self.known) if self.tied else None) or name
         kept = base if has_base and needs_base else None
         found = [tensors[name] for tensors in self.statistics if name in tensors]
-        statistics = tuple(found) if len(found) == len(models) else None  # `check_statistics` sees to it that all have them
+        statistics = tuple(found) if len(found) == len(models) else None  # all of them have it, or none
         return TensorPlan(
             name, header.shape, code, kept, tuple(models), "merge", options, tuple(per_model), partner, statistics, learned,
             self.masks.get(name),

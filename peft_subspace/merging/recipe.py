@@ -190,6 +190,8 @@ class Recipe(Strict):
             if self.subspace.align is not None:
                 raise ValueError("subspace.align changes the models, and what was learned belongs to them as they are")
             return self  # base and models are the adapter's, if they are not listed
+        if method.statistics and self.subspace.align is not None:
+            raise ValueError("subspace.align changes the order of neurons, and statistics belong to the models as they are")
         if method.needs_base and self.base_model is None:
             raise ValueError(f"merge_method {self.merge_method!r} needs a base_model")
         others = len(self.merged_models)

@@ -128,7 +128,7 @@ def _prepare(out: Path, plan: Plan, resume: bool, overwrite: bool) -> Path | Non
     partial = partial_path(out)
     if check_place(out, resume, overwrite):
         made_by = out / RECIPE_FILE
-        if not made_by.is_file() or made_by.read_bytes() != plan.recipe.to_yaml().encode():
+        if not made_by.is_file() or _resolved(load_recipe(made_by)) != _resolved(plan.recipe):
             raise OutputError(
                 f"{out}: is there already, and {RECIPE_FILE} in it is another recipe, so there is nothing to resume. Choose "
                 f"another folder, or pass --overwrite."
@@ -137,6 +137,19 @@ def _prepare(out: Path, plan: Plan, resume: bool, overwrite: bool) -> Path | Non
         return None
     begin_folder(partial, keep=resume)
     return partial
+
+
+def _resolved(recipe: Recipe) -> Any:
+    """What a recipe says, with the places that it names as they are, however they were written."""
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resolved(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [resolved(one) for one in value]
+        return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+    return resolved(recipe.model_dump(mode="json"))
 
 
 def _merge_into(

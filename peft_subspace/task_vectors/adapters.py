@@ -66,23 +66,15 @@ def read_lora(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
             f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
         )
     parts: dict[str, dict[str, TensorHeader]] = {}
-    saved, frozen = {}, []
+    saved = {}
     for key, tensor in checkpoint.tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         if match := _LORA.fullmatch(name):
             parts.setdefault(match["module"], {})[match["part"]] = tensor
-        elif name.endswith(".base_layer.weight"):  # PEFT stores the base's embedding beside its LoRA (save_embedding_layers)
-            frozen.append((key, name.removesuffix(".base_layer.weight")))
         elif "lora_" in name:
             raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of a plain LoRA.")
-        else:
+        else:  # also the weight of an embedding below its LoRA, which PEFT stores too: it may be another than the base's
             saved[name.replace(".base_layer.", ".")] = tensor
-    for key, module in frozen:
-        if module not in parts:
-            raise InputError(
-                f"{checkpoint.name}: the tensor {key!r} is a weight of the base without a LoRA of its own. Save the adapter "
-                f"anew with save_embedding_layers=False."
-            )
     deltas: dict[str, Delta] = {}
     owners = tuple(f".{name.rpartition('.')[0]}" for name in _bare(checkpoint))
     for module, tensors in parts.items():

@@ -180,9 +180,15 @@ def _module_names(
             names = _matched(part, adapter, renamed, base)
     lost = [name for name in adapter.deltas if name not in names]
     if lost:
+        tied = tied_head(lost[0], base)
         raise InputError(
-            f"{part.name}: adapts {unmatched_text(lost)}, which the base does not have. It was trained on "
-            f"{adapter.base or 'another model'}."
+            f"{part.name}: adapts {unmatched_text(lost)}, which the base does not have"
+            + (
+                f" in its file (a head that is tied to {tied!r} is not stored). Merge the adapter into its model first "
+                f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
+                if tied
+                else f". It was trained on {adapter.base or 'another model'}."
+            )
         )
     return names
 

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,16 +70,22 @@ def put_in_place(made: Path, out: Path, overwrite: bool) -> None:
 
 
 def _replace(made: Path, out: Path) -> None:
-    """Put what is there aside, under a name that nobody has; it comes back if the new folder cannot take its place."""
+    """Put what is there aside, under a name that nobody has; it comes back if the new folder cannot take its place.
+
+    A kill between the two renames leaves it there, in OUT.replaced-...
+    """
     aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.replaced-", dir=out.absolute().parent))
-    os.rename(out, aside / out.name)
     try:
+        os.rename(out, aside / out.name)
         os.rename(made, out)
-    except OSError:
-        os.rename(aside / out.name, out)
+    except BaseException:
+        if os.path.lexists(aside / out.name):
+            os.rename(aside / out.name, out)
         aside.rmdir()
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        warnings.warn(f"{aside}: what {out} was before could not be removed. Remove it.", stacklevel=3)
 
 
 def sync_folder(path: Path) -> None:

@@ -111,9 +111,9 @@ def _why_nothing(path: Path, files: list[Path]) -> str:
         )
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
         return (
-            "has its weights in pickles (.bin, .pt), which can run code when they are opened. Pass --allow-pickle (in "
-            "Python, open them within `task_vectors.pickles.pickles_allowed(True)`) to read them with torch's weights_only "
-            "loader, or save the model again with safetensors."
+            "has its weights in pickles (.bin, .pt), which can run code when they are opened. Pass --allow-pickle (in Python, "
+            "open and use them within `peft_subspace.task_vectors.pickles.pickles_allowed(True)`) to read them with torch's "
+            "weights_only loader, or save the model again with safetensors."
         )
     return "has no .safetensors file."
 

@@ -119,8 +119,8 @@ def check_shapes(owner: str, pairs: Iterable[tuple[str, tuple[int, ...], tuple[i
             other.append(f"{name!r} is {list(shape)}, in the base {list(base)}")
     if other:
         raise InputError(
-            f"{owner}: {len(other)} tensors have other shapes than in the base: {shortened(other)}. They are of "
-            f"different sizes or architectures: give a model that was made from the base, or its own base."
+            f"{owner}: {len(other)} tensors have other shapes than in the base: {shortened(other)}. Give a "
+            f"model that was made from this base, or its own base; for heads of other classes the base's encoder alone."
         )
     if rows:
         name, base_rows, own_rows = rows[0]

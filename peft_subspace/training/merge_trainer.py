@@ -38,6 +38,8 @@ CONFIG_FIELDS = (
     "eval_mask", "save_mask", "seed", "constraint", "partition", "partition_seed", "tie_blocks", "fused_splits", "selected",
 )  # fmt: skip
 
+KNOWN = {name: name.replace("_", " ") for name in UNLABELLED}
+
 
 @dataclass
 class MergeArguments:
@@ -158,7 +160,7 @@ class MergeTrainer:
                 f"ConcreteConfig or an AtlasConfig."
             )
         if adapter_name not in model.peft_config:
-            raise ValueError(f"The model has no adapter {adapter_name!r}, only {sorted(model.peft_config)}.")
+            raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(model.peft_config)}.")
         self.model, self.tasks, self.adapter_name = model, list(tasks), adapter_name
         self.arguments = arguments or MergeArguments()
         self.accelerator = accelerator or Accelerator()
@@ -413,7 +415,7 @@ class MergeTrainer:
         given = {name: config[name] for name in CONFIG_FIELDS if name in config}
         vectors = [identity(record) for record in (config.get("provenance") or {}).get("vectors", [])]
         adapter = json.dumps([given, vectors, len(self.masks), len(self.coefficients)], sort_keys=True, default=str)
-        names = [task.name for task in self.tasks]
+        names = [[task.name, _name(task)] for task in self.tasks]
         return own | {"tasks": names, "processes": self.accelerator.num_processes, "adapter": adapter}
 
     def _load(self) -> dict[str, Tensor] | None:
@@ -454,9 +456,15 @@ class MergeTrainer:
 
 
 def _measure(tasks: Sequence[Task]) -> str:
-    names = {objective: name.replace("_", " ") for name, objective in UNLABELLED.items()}
-    found = {"cross-entropy" if task.labels is not None else names.get(task.objective, "loss") for task in tasks}
-    return found.pop() if len(found) == 1 else "loss"
+    found = {_name(task) for task in tasks}
+    return found.pop() if len(found) == 1 and found <= {"cross-entropy", *KNOWN.values()} else "loss"
+
+
+def _name(task: Task) -> str:
+    if task.labels is not None:
+        return "cross-entropy"
+    own = getattr(task.objective, "__qualname__", type(task.objective).__qualname__)
+    return next((KNOWN[name] for name, objective in UNLABELLED.items() if objective is task.objective), own)
 
 
 @torch.no_grad()

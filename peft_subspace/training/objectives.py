@@ -61,7 +61,8 @@ def information_maximization_loss(logits: Tensor) -> Tensor:
 
     Entropy alone is least where every input gets one class. This is minus the information that an input gives about the class:
     0 where all answers are alike, -ln(classes) where they are sure and all classes as frequent. It presumes that the classes
-    are about as frequent in a batch as among all inputs: of a few samples for each class, the mean says something.
+    are about as frequent in a batch as among all inputs. The mean is over one call: of one sample the loss is 0, and two
+    halves of a batch, of an accumulation or of two processes, give another loss than the whole.
 
     Args:
         logits: `[..., classes]`; the mean is over all but the last dimension.
@@ -69,7 +70,7 @@ def information_maximization_loss(logits: Tensor) -> Tensor:
     Source: Krause et al., "Discriminative clustering by regularized information maximization" (2010); with given heads as in
     SHOT (arXiv:2002.08546).
     """
-    mean = F.softmax(logits.float(), -1).flatten(0, -2).mean(0)
+    mean = F.softmax(logits.float(), -1).reshape(-1, logits.shape[-1]).mean(0)
     return entropy_loss(logits) + (mean * mean.where(mean > 0, 1.0).log()).sum()  # a class that nothing has has no share
 
 

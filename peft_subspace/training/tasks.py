@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -33,6 +34,17 @@ class Task:
     logits: Logits
     labels: str | None = None
     objective: Callable[[Tensor], Tensor] = entropy_loss
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.objective is not entropy_loss:
+            raise ValueError(f"task {self.name!r}: with `labels` the loss is the cross-entropy; leave `objective` out.")
+        try:
+            signature(self.objective).bind(None)
+        except TypeError as error:
+            raise ValueError(
+                f"task {self.name!r}: objective={self.objective!r} is called with logits alone. Accepted are functions such as "
+                f"entropy_loss and information_maximization_loss; objectives of a model and a batch are CoefficientTrainer's."
+            ) from error
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The objective, or the cross-entropy, of one batch in nats.

@@ -925,6 +925,12 @@ def test_a_whole_model_of_another_base_and_the_base_itself_are_noticed(tmp_path:
     with pytest.warns(UserWarning, match=r"'base' is zero wherever it was looked at: is it .*base itself\?"):
         get_peft_model(pico.model(), AtlasConfig(**configs["base"]))
     get_peft_model(pico.model(), AtlasConfig(**configs["tuned"]))
+    lora = get_peft_model(pico.model(), LoraConfig(target_modules=["query", "value"], init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            parameter.mul_(100.0 if "lora_" in name else 1.0)
+    lora.save_pretrained(tmp_path / "lora")  # an adapter may change its few weights as much as it likes
+    get_peft_model(pico.model(), AtlasConfig(pool={"lora": {"path": str(tmp_path / "lora"), "base": base}}))
 
 
 def test_a_lora_that_was_made_for_another_base_is_noticed(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_pairs_of_the_same_task_shots_and_seed_are_compared() -> None:
 def test_the_report_is_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few_shot_report.report(RUNS, tmp_path)
     assert "aTLAS / linear probing: 1 above, 0 level, 1 below" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "few-shot.json").read_text())["entries"]) == 6
+    assert len(json.loads((tmp_path / "few-shot.json").read_text())["entries"]) == 7
     assert (tmp_path / "few-shot.png").read_bytes().startswith(b"\x89PNG")
 
 

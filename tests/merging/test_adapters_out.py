@@ -102,6 +102,13 @@ def test_linear_divides_by_the_sum_of_the_weights(tmp_path: Path) -> None:
         merge(table(tmp_path, {"plain": 1.0, "rslora": -1.0}, "linear"), tmp_path / "zero")
 
 
+def test_stacked_factors_go_with_no_rank(tmp_path: Path) -> None:
+    adapters(tmp_path, kinds=("plain",))
+    for given in ({"rank": 3}, {"energy": 0.9}):
+        with pytest.raises(RecipeError, match=r"`cat` keeps the ranks of all adapters .* and goes with no rank or energy"):
+            merge(table(tmp_path, {"plain": 1.0}, subspace={"adapter": {"method": "cat", **given}}), tmp_path / "out")
+
+
 def test_a_rank_truncates_by_svd_and_the_error_is_reported(tmp_path: Path) -> None:
     weights = {"plain": 0.6, "rslora": 0.5}
     adapters(tmp_path, kinds=tuple(weights))

@@ -495,6 +495,9 @@ def test_resume_says_when_there_is_nothing_to_resume(command: Command) -> None:
     assert code == 0
     assert "Nothing to resume: out is there already." in out
     other = yaml.safe_load(Path("recipe.yaml").read_text())
+    other["base_model"] = str(Path("base").resolve())  # the same, said otherwise
+    Path("same.yaml").write_text(yaml.safe_dump(dict(reversed(other.items()))))
+    assert command("merge", "same.yaml", "out", "--resume")[0] == 0
     other["models"][0]["parameters"]["weight"] = 0.9
     Path("other.yaml").write_text(yaml.safe_dump(other))
     code, _, err = command("merge", "other.yaml", "out", "--resume")

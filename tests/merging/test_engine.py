@@ -16,6 +16,7 @@ from torch import Tensor
 from peft_subspace.merging import execute, make_plan, merge, verify
 from peft_subspace.merging.methods.memory import merge_state_dicts, merge_tensors, spread
 from peft_subspace.merging.methods.registry import get, names
+from peft_subspace.merging.plan import held_bytes
 from peft_subspace.merging.recipe import make_recipe
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError, VerifyError
 from tests.merging.tiny import contents, near, random_tensors, read, recipe, trio, write
@@ -509,20 +510,65 @@ def test_statistics_that_do_not_belong_to_the_tensors_are_refused(tmp_path: Path
     plan("regmean", gram, gram)
     plan("fisher", diagonal, diagonal)
     cases: list[tuple[str, dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], str]] = [
-        ("regmean", gram, {"up_proj": (columns, columns)}, r"statistics of \S+b: up_proj: there are no such .* named as in"),
-        ("regmean", gram, diagonal, rf"statistics of \S+b: '{key}' is \[{rows}, {columns}\], \[{columns}, {columns}\] exp"),
+        ("regmean", gram, {"up_proj": (columns, columns)}, r"b-statistics\S+: up_proj: neither \S+b nor its base has such"),
+        ("regmean", gram, diagonal, rf"b-statistics\S+: '{key}' is \[{rows}, {columns}\], \[{columns}, {columns}\] exp"),
         (
             "regmean",
             {"model.norm.weight": (1,)},
             gram,
             r"'model\.norm\.weight' is \[1\], none expected: regmean takes the Gram",
         ),
-        ("fisher", {key: (3, 3)}, diagonal, rf"statistics of \S+a: '{key}' is \[3, 3\], \[{rows}, {columns}\] expected"),
+        ("fisher", {key: (3, 3)}, diagonal, rf"a-statistics\S+: '{key}' is \[3, 3\], \[{rows}, {columns}\] expected"),
         ("fisher", diagonal, {}, rf"{key}: \S+b has no statistics of it, and another model has"),
     ]
     for method, first, second, message in cases:
         with pytest.raises(InputError, match=message):
             plan(method, first, second)
+    with pytest.raises(RecipeError, match="align changes the order of neurons, and statistics belong to the models"):
+        make_recipe(recipe(tmp_path, "fisher", "ab", subspace={"align": "weight_matching"}))
+
+
+def test_statistics_are_found_as_the_models_tensors_are(tmp_path: Path) -> None:
+    """Under another prefix, of a head that is tied or left out, and of rows that the merge truncates."""
+    from safetensors.torch import save_file
+
+    def merged(case: str, base: dict[str, Tensor], own: dict[str, Tensor], **fields: Any) -> dict[str, Tensor]:
+        folder = tmp_path / case
+        settings = {"tie_word_embeddings": case == "tied"}
+        write(folder / "base", base, settings)
+        table = recipe(folder, "fisher", "ab", **fields)
+        for seed, (name, entry) in enumerate(zip("ab", table["models"], strict=True), 1):
+            write(folder / name, {key: value + seed for key, value in own.items()}, settings)
+            files = {key: (value + seed).square() for key, value in own.items()}
+            files |= {"lm_head.weight": torch.rand(40, 8)} if case == "tied" else {}
+            entry["parameters"]["statistics"] = str(folder / f"{name}.safetensors")
+            save_file(files, folder / f"{name}.safetensors")
+        return read(merge(table, folder / "out"))
+
+    whole = random_tensors(0)
+    expected = merged("same", whole, whole)
+    body = {key: value for key, value in whole.items() if key != "lm_head.weight"}
+    bare = {key.removeprefix("model."): value for key, value in body.items()}
+    longer = {k: torch.cat([v, v[:3]]) if "embed" in k or "lm_head" in k else v for k, v in whole.items()}
+    cases: dict[str, tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]] = {
+        "tied": (body, body, {}),
+        "prefix": (bare, body, {}),
+        "left out": (body, whole, {"on_missing": "base"}),
+        "truncated": (whole, longer, {"embeddings": "truncate"}),
+    }
+    for case, (base, own, subspace) in cases.items():
+        found = merged(case, base, own, subspace=subspace)
+        assert found.keys() == base.keys()
+        for key, tensor in found.items():
+            assert torch.equal(tensor, expected[key if key in expected else f"model.{key}"]), (case, key)
+
+
+def test_fewer_workers_keep_more_of_a_tensor() -> None:
+    room = [held_bytes(threads) for threads in range(1, 65)]
+    assert room == sorted(room, reverse=True)
+    assert room[0] > 4 * 2 * 2048 * 5504
+    assert room[1] > 2 * (2 * 2 * 2048 * 5504)  # each of two workers has both ends of a slerp
+    assert room[-1] > 0
 
 
 def test_threads_leave_torch_as_it_was(tmp_path: Path) -> None:

@@ -282,6 +282,9 @@ def test_an_interrupted_learning_goes_on_to_the_same_bytes(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(MergeTrainer, "train", None)  # what was learned is taken
         assert read(merge(table, tmp_path / "out", resume=True)).keys() == expected.keys()
+    shutil.rmtree(tmp_path / "out.learned")
+    with pytest.raises(OutputError, match=r"out: is there already, and \S+out\.learned, by which it was merged, is not"):
+        merge(recipe(tmp_path, "concrete", steps=5), tmp_path / "out", resume=True)
 
 
 @pytest.mark.parametrize("config", [{}, {"bundle_vectors": True}], ids=["pool", "bundle"])
@@ -357,6 +360,7 @@ def test_recipes_that_do_not_fit_together(tmp_path: Path) -> None:
         (recipe(tmp_path, config={"coefficients": 1.0}), r"unknown key 'coefficients'; accepted: granularity"),
         (recipe(tmp_path, "concrete", config={"granularity": "rank"}), r"a mask of directions .* cannot be merged by"),
         (recipe(tmp_path, loss="cross_entropy"), r"needs the `label` column of every task, and 'a' names none"),
+        (recipe(tmp_path, loss="information_maximization", batch_size=1), r"batch_size is 2 or more"),
         (recipe(tmp_path, select="metric"), r"select: metric needs `held_out` rows of every task, and 'a' has none"),
         (recipe(tmp_path, tasks=[one, one]), r"several tasks are called 'a'"),
         (recipe(tmp_path, tasks=[one, {**one, "name": "b", "answers": ["x", "y"]}]), r"of the kinds answers and text"),

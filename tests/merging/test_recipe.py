@@ -78,7 +78,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown dtype": ({"dtype": "int8"}, "'int8' is not a dtype to merge in. Accepted: float16, bfloat16"),
     "no base": ({"base_model": None}, "'ties' needs a base_model"),
     "too many": ({"merge_method": "slerp", "models": [{"model": m} for m in "abc"]}, "'slerp' takes 1 model beside the base"),
-    "only the base": ({"models": [{"model": "base"}]}, "takes 1 or more models beside the base, and there are 0"),
+    "only the base": (
+        {"models": [{"model": "base"}]},
+        r"and there are 0 \(the base itself does not count\)",
+    ),
     "none": ({"models": []}, "models: "),
     "slices": ({"slices": [{"sources": []}]}, "`slices` is not supported: layers cannot be stacked anew"),
     "modules": ({"modules": {"text": {}}}, "`modules` is not supported"),

@@ -216,18 +216,28 @@ def test_what_is_no_plain_lora_is_refused_by_name(options: dict[str, Any], name:
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-def test_the_bases_embedding_that_peft_stores_is_no_update(tmp_path: Path) -> None:
-    """Which it does by default beside a LoRA on an embedding; without one it is not known what it is for."""
+def test_the_embedding_that_peft_stores_beside_its_lora_counts(tmp_path: Path) -> None:
+    """By default it does; the weight below the LoRA may be another than the base's, as that of rows for new tokens."""
     config = peft.LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"])
     parts = adapted(MODELS["llama"], config, tmp_path, embeddings=True)
     file = parts[1] / "adapter_model.safetensors"
     stored = load_file(file)
     (frozen,) = (key for key in stored if key.endswith("embed_tokens.base_layer.weight"))
-    vector = check(*parts)
-    assert vector.rank("model.embed_tokens.weight") == 3
-    save_file({key: value for key, value in stored.items() if "embed_tokens.lora" not in key}, file)
-    with pytest.raises(InputError, match=rf"'{frozen}' is a weight of the base without a LoRA.*save_embedding_layers=False"):
-        TaskVector.open(parts[1], parts[0])
+    plain = check(*parts)["model.embed_tokens.weight"]
+    stored[frozen][3] += 1
+    save_file(stored, file)
+    found = TaskVector.open(parts[1], parts[0])["model.embed_tokens.weight"]
+    torch.testing.assert_close(found[3], plain[3] + 1)
+    torch.testing.assert_close(found[4:], plain[4:])
+    with pytest.raises(InputError, match=r"has whole modules .*embed_tokens.* name the base"):
+        TaskVector.open(parts[1])
+
+
+def test_a_lora_on_a_head_that_is_tied_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        base, adapter, *_ = adapted(MODELS["llama, tied"], peft.LoraConfig(r=2, target_modules=["lm_head"]), tmp_path)
+    with pytest.raises(InputError, match=r"adapts 'lm_head\.weight', which .* \(a head that is tied to 'model.*merge_and"):
+        TaskVector.open(adapter, base)
 
 
 class Experts(nn.Module):
@@ -295,7 +305,11 @@ def test_what_scales_the_base_needs_it(options: dict[str, Any], tmp_path: Path) 
 
 def test_other_adapters_are_refused_by_name(tmp_path: Path) -> None:
     base, adapter, *_ = adapted(MODELS["llama"], peft.LoHaConfig(r=2, target_modules=["q_proj"]), tmp_path)
-    with pytest.raises(InputError, match="is a LOHA adapter"):
+    with pytest.raises(InputError, match=r"is a LOHA adapter.*Merge it into its model first"):
+        TaskVector.open(adapter, base)
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace("LOHA", "PROMPT_TUNING"))
+    with pytest.raises(InputError, match=r"is a PROMPT_TUNING adapter.*changes no weight, so there is nothing of it to merge"):
         TaskVector.open(adapter, base)
 
 

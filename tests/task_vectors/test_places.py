@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,25 @@ def test_what_is_there_comes_back_if_the_new_cannot_take_its_place(tmp_path: Pat
         put_in_place(tmp_path / "made", out, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert (out / "file").read_text() == "old"
+
+
+def test_an_interrupt_between_the_renames_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, out = folder(tmp_path / "made", "new"), folder(tmp_path / "out", "old")
+    rename = os.rename
+    for number, error in enumerate((OSError("a mount point"), KeyboardInterrupt())):
+        calls = iter([*[rename] * number, None])
+
+        def stopped(*places: Path, calls: Any = calls, error: BaseException = error) -> None:
+            call = next(calls, rename)
+            if call is None:
+                raise error
+            call(*places)
+
+        monkeypatch.setattr(os, "rename", stopped)
+        with pytest.raises((OutputError, KeyboardInterrupt)):
+            put_in_place(made, out, overwrite=True)
+        assert sorted(os.listdir(tmp_path)) == ["made", "out"]
+        assert ((out / "file").read_text(), (made / "file").read_text()) == ("old", "new")
 
 
 def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from peft_subspace import AtlasConfig, ConcreteConfig
-from peft_subspace.training import MergeArguments, MergeTrainer, Task, pooled_logits, token_logits
+from peft_subspace.training import InformationMaximization, MergeArguments, MergeTrainer, Task, pooled_logits, token_logits
 from peft_subspace.training.objectives import addition_loss, entropy_loss, information_maximization_loss
 from peft_subspace.training.tasks import Stream
 from tests.pico import MODELS
@@ -224,6 +224,23 @@ def test_a_task_may_have_an_objective_of_its_own() -> None:
             assert history[0].loss[task.name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert {look.measure for look in history} == {measure}
         assert min(look.mean for look in history) < history[0].mean
+
+
+def test_objectives_that_do_not_fit_a_task_are_refused() -> None:
+    batches, logits = [torch.zeros(1)], lambda model, batch: batch
+    with pytest.raises(ValueError, match="task 'a': with `labels` the loss is the cross-entropy; leave `objective` out"):
+        Task("a", batches, logits, labels="labels", objective=information_maximization_loss)
+    with pytest.raises(ValueError, match=r"task 'a': objective=\S*InformationMaximization.* is called with logits alone"):
+        Task("a", batches, logits, objective=InformationMaximization())  # type: ignore[arg-type]
+
+    @dataclass
+    class Own:  # has no hash
+        factor: float = 1.0
+
+        def __call__(self, logits: Tensor) -> Tensor:
+            return self.factor * entropy_loss(logits)
+
+    assert trainer(make(), Own())._measure == "loss"
 
 
 def test_metrics_are_asked_for_where_the_entropy_is_looked_at(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_information_maximization() -> None:
     assert abs(float(information_maximization_loss(alike))) < 1e-6
     assert entropy_loss(sure) == entropy_loss(1e4 * torch.eye(3)[[0] * 6]) == 0  # which entropy cannot tell apart
     torch.testing.assert_close(information_maximization_loss(sure), -torch.tensor(3.0).log())
+    assert abs(float(information_maximization_loss(torch.randn(4)))) < 1e-6  # one sample says nothing about the others
     masked = torch.randn(6, 4).index_fill(1, torch.tensor([2]), -torch.inf).requires_grad_(True)
     for one in (sure, masked):
         assert torch.isfinite(torch.autograd.grad(information_maximization_loss(one), one)[0]).all()
