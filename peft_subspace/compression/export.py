@@ -41,7 +41,7 @@ def export_compressed(model: Any, adapter_name: str | None = None) -> nn.Module:
     tuner: Any = model.base_model
     name = adapter_name or next(iter(tuner.active_adapters), "")
     if name not in model.peft_config:
-        raise ValueError(f"There is no adapter {name!r}. Loaded: {sorted(model.peft_config)}.")
+        raise ValueError(f"There is no adapter {name!r}, only {sorted(model.peft_config)}.")
     if not tuner.delta_cls.replaces_base:
         raise ValueError(f"The adapter {name!r} adds to its base and needs it. Use `merge_and_unload` instead.")
     config = getattr(tuner.model, "config", None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -95,6 +96,8 @@ def main(folder: Path) -> None:
     resnet.train()
     if accelerator.is_main_process:
         (folder / "report.json").write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()  # else the threads of one may be cut off by the end of the other, which aborts it
 
 
 if __name__ == "__main__":

@@ -168,7 +168,8 @@ def main(folder: Path) -> None:
     report["refusals"] = refusals()
     if dist.get_rank() == 0:
         (folder / "report.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()  # else the threads of one may be cut off by the end of the other, which aborts it
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too many": ({"merge_method": "slerp", "models": [{"model": m} for m in "abc"]}, "'slerp' takes 1 model beside the base"),
     "only the base": (
         {"models": [{"model": "base"}]},
-        r"and there are 0 \(the base itself does not count\)",
+        "and there are 0 (the base itself does not count)",
     ),
     "none": ({"models": []}, "models: "),
     "slices": ({"slices": [{"sources": []}]}, "`slices` is not supported: layers cannot be stacked anew"),

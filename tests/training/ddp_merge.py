@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from peft import get_peft_model
 from safetensors.torch import save_file
@@ -55,6 +56,7 @@ def main(folder: Path) -> None:
         losses = [look.mean for look in trainer.history]
         (folder / f"{name}-{accelerator.process_index}.json").write_text(json.dumps(losses))
         accelerator.wait_for_everyone()
+    dist.destroy_process_group()  # else the threads of one may be cut off by the end of the other, which aborts it
 
 
 if __name__ == "__main__":
