@@ -60,3 +60,11 @@ def report_of_two(script: str, factory: pytest.TempPathFactory, **environment: s
             starter = ["--standalone", "--nproc-per-node", 2, path, folder]
             run_python("-m torch.distributed.run", *starter, timeout=500, POOLS=str(folder / "pools"), **environment)
     return folder, json.loads((folder / "report.json").read_text())
+
+
+def leave() -> None:
+    """End a process of several together with the others: the threads of one that is gone may abort those that are left."""
+    import torch.distributed as dist  # most who import this module start processes and have no use for it
+
+    dist.barrier()
+    dist.destroy_process_group()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +28,7 @@ from tests.distributed.steps import (
 from tests.flows import test_trainer
 from tests.methods import METHODS, Method
 from tests.pico import MODELS
+from tests.processes import leave
 
 NAMES = ["llama", "bert", "mha", "moe", "conv"]
 HEALED = ["llama", "bert"]
@@ -96,8 +96,7 @@ def main(folder: Path) -> None:
     resnet.train()
     if accelerator.is_main_process:
         (folder / "report.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()  # else the threads of one may be cut off by the end of the other, which aborts it
+    leave()
 
 
 if __name__ == "__main__":

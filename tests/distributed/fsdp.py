@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from peft_subspace import to_lora
 from tests.distributed.steps import adam, adapted, evaluated, half_of, largest_difference, squares, take_steps, trained
 from tests.methods import METHODS, Method
+from tests.processes import leave
 
 NAMES = ["bert", "moe"]
 SAVED = "bert"  # with a head that is trained whole
@@ -168,8 +169,7 @@ def main(folder: Path) -> None:
     report["refusals"] = refusals()
     if dist.get_rank() == 0:
         (folder / "report.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()  # else the threads of one may be cut off by the end of the other, which aborts it
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 from tests.distributed.steps import ZERO_NAMES, adam, adapted, evaluated, half_of, squares, take_steps
 from tests.flows import test_trainer
 from tests.methods import METHODS, Method
+from tests.processes import leave
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -79,8 +80,7 @@ def main(folder: Path) -> None:
         report["trainer"][kind] = train_by_trainer(method, folder / kind)
     if dist.get_rank() == 0:
         (folder / "report.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()  # else the threads of one may be cut off by the end of the other, which aborts it
+    leave()
 
 
 if __name__ == "__main__":

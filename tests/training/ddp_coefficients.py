@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch import Tensor
@@ -19,6 +18,7 @@ from peft_subspace import AtlasConfig
 from peft_subspace.training import Entropy, Moment, Negation, Ufm
 from tests.pico import MODELS, SAMPLES
 from tests.pools import vector_of, write_vector
+from tests.processes import leave
 
 
 def halved(inputs: Any) -> dict[str, Tensor]:
@@ -69,8 +69,7 @@ def main(folder: Path) -> None:
     report = {type(one).__name__: compare(accelerator, one, pool) for one in (Negation(), Entropy(), ufm)}
     if accelerator.is_main_process:
         (folder / "report.json").write_text(json.dumps({"world": accelerator.num_processes, "objectives": report}))
-    dist.barrier()
-    dist.destroy_process_group()  # else the threads of one may be cut off by the end of the other, which aborts it
+    leave()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from accelerate import Accelerator
 from peft import get_peft_model
 from safetensors.torch import save_file
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from peft_subspace import ConcreteConfig
 from peft_subspace.training import MergeArguments, MergeTrainer, Task
 from tests.pico import MODELS, output
+from tests.processes import leave
 
 BATCHES = 4
 
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
         losses = [look.mean for look in trainer.history]
         (folder / f"{name}-{accelerator.process_index}.json").write_text(json.dumps(losses))
         accelerator.wait_for_everyone()
-    dist.destroy_process_group()  # else the threads of one may be cut off by the end of the other, which aborts it
+    leave()
 
 
 if __name__ == "__main__":
