@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..base.geometry import is_quantized
 from ..base.targets import base_parameters
-from ..task_vectors.compare import block_of, unlike_base
+from ..task_vectors.compare import relative_norms, unlike_base
 from ..task_vectors.errors import InputError
 from ..task_vectors.pool import Entry
 from ..task_vectors.provenance import same_value, value_of
@@ -80,25 +79,19 @@ def check_pools_base(entries: list[Entry], model: nn.Module, looks: bool) -> Non
 
 def _look(entry: Entry, names: list[str]) -> None:
     """Compare a whole model with its base, by the first values of each tensor; not an adapter, which may change much."""
-    squares: dict[str, list[float]] = {}
-    looked, changed, reader = False, False, Reader()
-    for own in (entry.names[name] for name in names):
-        if not entry.vector.is_whole(own):
-            continue
-        difference = next(part for _, part in entry.vector.parts(own, LOOK))
-        looked, changed = True, changed or bool(difference.any())
-        if len(entry.vector.shapes[own]) > 1:
-            base = reader.stored(entry.vector.base[own], 0, difference.numel(), 0).double()
-            block = squares.setdefault(block_of(own), [0.0, 0.0])
-            block[0] += float(base.square().sum())
-            block[1] += float(difference.double().square().sum())
-    if looked and not changed:
+    vector, reader = entry.vector, Reader()
+    whole = [own for own in (entry.names[name] for name in names) if vector.is_whole(own)]
+    differences = {own: next(part for _, part in vector.parts(own, LOOK)) for own in whole}
+    if differences and not any(bool(difference.any()) for difference in differences.values()):
         warnings.warn(
-            f"The task vector {entry.name!r} is zero wherever it was looked at: is it {entry.vector.base_name} itself?",
-            stacklevel=2,
+            f"The task vector {entry.name!r} is zero wherever it was looked at: is it {vector.base_name} itself?", stacklevel=2
         )
-    found = {name: math.sqrt(difference / base) for name, (base, difference) in squares.items() if base > 0}
-    if unlike := unlike_base(found, entry.vector.base_name):
+    found = relative_norms(
+        (own, reader.stored(vector.base[own], 0, difference.numel(), 0), difference)
+        for own, difference in differences.items()
+        if len(vector.shapes[own]) > 1
+    )
+    if unlike := unlike_base(found, vector.base_name):
         warnings.warn(f"The task vector {entry.name!r} {unlike}. Check base.", stacklevel=2)
 
 

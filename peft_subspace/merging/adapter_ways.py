@@ -70,23 +70,19 @@ def _way(plan: Plan) -> Way:
 
 
 def _check_asked(recipe: Recipe, sums: bool) -> None:
-    asked = recipe.subspace.adapter.method
-    _check_rank(recipe)
+    options = recipe.subspace.adapter
+    asked = options.method
+    if asked == "cat" and (options.rank or options.energy):
+        raise RecipeError(
+            "subspace.adapter: `cat` keeps the ranks of all adapters side by side, and goes with no rank or energy. Use "
+            "`exact` for a smaller rank."
+        )
     if asked == "knots" and recipe.merge_method != "knots":
         raise RecipeError("subspace.adapter.method: knots goes with merge_method: knots.")
     if asked in ("cat", "exact") and not sums:
         raise RecipeError(
             f"subspace.adapter.method: {asked} is for weighted sums (linear, or task_arithmetic without density, or "
             f"coefficients by block). Use `dense` with {recipe.merge_method}."
-        )
-
-
-def _check_rank(recipe: Recipe) -> None:
-    given = recipe.subspace.adapter
-    if given.method == "cat" and (given.rank or given.energy):
-        raise RecipeError(
-            "subspace.adapter: `cat` keeps the ranks of all adapters side by side, and goes with no rank or energy. Use "
-            "`exact` for a smaller rank."
         )
 
 

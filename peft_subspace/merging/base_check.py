@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Iterator
 
-from ..task_vectors.compare import block_of, unlike_base
+from torch import Tensor
+
+from ..task_vectors.compare import relative_norms, unlike_base
 from ..task_vectors.errors import InputError
-from ..task_vectors.headers import TensorHeader
 from ..task_vectors.reading import Reader
 from .plan import Plan
 
@@ -28,29 +29,21 @@ def check_bases(plan: Plan) -> None:
     if policy == "off" or plan.base is None or plan.method.acts_on != "delta":
         return
     for number, name in enumerate(plan.names):
-        found = _relative_norms(plan, number)
-        if unlike := unlike_base(found, plan.recipe.base_model):
+        if unlike := unlike_base(relative_norms(_samples(plan, number)), plan.recipe.base_model):
             text = f"{name}: {unlike}. Check base_model"
             if policy == "error":
                 raise InputError(f"{text}, or write `subspace: {{base_check: off}}`.")
             warnings.warn(f"{text}.", stacklevel=2)
 
 
-def _relative_norms(plan: Plan, number: int) -> dict[str, float]:
-    reader, squares = Reader(), dict[str, list[float]]()
+def _samples(plan: Plan, number: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, first values of the base and the model's difference from them, for each matrix of a whole model."""
+    reader = Reader()
     for tensor in plan.tensors:
         if tensor.action != "merge" or len(tensor.shape) < 2 or tensor.base is None or tensor.base.values is None:
             continue
-        values = tensor.models[number].values
+        values, before = tensor.models[number].values, tensor.base.values
         if values is not None:
-            base, difference = _squares(reader, tensor.base.values, values)
-            block = squares.setdefault(block_of(tensor.name), [0.0, 0.0])
-            block[0] += base
-            block[1] += difference
-    return {block: math.sqrt(difference / base) for block, (base, difference) in squares.items() if base > 0}
-
-
-def _squares(reader: Reader, base: TensorHeader, values: TensorHeader) -> tuple[float, float]:
-    count = min(base.count, values.count, SAMPLE)
-    ours, theirs = reader.stored(base, 0, count, 0).double(), reader.stored(values, 0, count, 1).double()
-    return float(ours.square().sum()), float((theirs - ours).square().sum())
+            count = min(before.count, values.count, SAMPLE)
+            base = reader.stored(before, 0, count, 0).double()
+            yield tensor.name, base, reader.stored(values, 0, count, 1).double() - base

@@ -196,7 +196,7 @@ class _Planner:
         partner = (tied_head(name, self.known) if self.tied else None) or name
         kept = base if has_base and needs_base else None
         found = [tensors[name] for tensors in self.statistics if name in tensors]
-        statistics = tuple(found) if len(found) == len(models) else None  # all of them have it, or none
+        statistics = tuple(found) if found and len(found) == len(models) else None
         return TensorPlan(
             name, header.shape, code, kept, tuple(models), "merge", options, tuple(per_model), partner, statistics, learned,
             self.masks.get(name),

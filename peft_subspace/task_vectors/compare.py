@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,6 +86,20 @@ def block_of(name: str) -> str:
     """The layer of a tensor, such as `model.layers.3`; its first two parts outside of layers."""
     match = _LAYER.match(name)
     return match[1] if match else ".".join(name.split(".")[:2])
+
+
+def relative_norms(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
+    """Block -> norm of the difference over that of the base, of blocks where the base is not zero.
+
+    Args:
+        tensors: name, values of the base, and the difference from them; each is used before the next is asked for.
+    """
+    squares: dict[str, list[float]] = {}
+    for name, base, difference in tensors:
+        block = squares.setdefault(block_of(name), [0.0, 0.0])
+        block[0] += float(base.double().square().sum())
+        block[1] += float(difference.double().square().sum())
+    return {block: math.sqrt(difference / base) for block, (base, difference) in squares.items() if base > 0}
 
 
 def unlike_base(found: Mapping[str, float], base: object) -> str | None:

@@ -38,7 +38,7 @@ CONFIG_FIELDS = (
     "eval_mask", "save_mask", "seed", "constraint", "partition", "partition_seed", "tie_blocks", "fused_splits", "selected",
 )  # fmt: skip
 
-KNOWN = {name: name.replace("_", " ") for name in UNLABELLED}
+MEASURES = {name: name.replace("_", " ") for name in UNLABELLED}
 
 
 @dataclass
@@ -159,8 +159,7 @@ class MergeTrainer:
                 f"{type(model).__name__} has no task vectors to merge. Give the model that get_peft_model makes with a "
                 f"ConcreteConfig or an AtlasConfig."
             )
-        if adapter_name not in model.peft_config:
-            raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(model.peft_config)}.")
+        model.base_model.config_of(adapter_name)
         self.model, self.tasks, self.adapter_name = model, list(tasks), adapter_name
         self.arguments = arguments or MergeArguments()
         self.accelerator = accelerator or Accelerator()
@@ -457,14 +456,14 @@ class MergeTrainer:
 
 def _measure(tasks: Sequence[Task]) -> str:
     found = {_name(task) for task in tasks}
-    return found.pop() if len(found) == 1 and found <= {"cross-entropy", *KNOWN.values()} else "loss"
+    return found.pop() if len(found) == 1 and found <= {"cross-entropy", *MEASURES.values()} else "loss"
 
 
 def _name(task: Task) -> str:
     if task.labels is not None:
         return "cross-entropy"
     own = getattr(task.objective, "__qualname__", type(task.objective).__qualname__)
-    return next((KNOWN[name] for name, objective in UNLABELLED.items() if objective is task.objective), own)
+    return next((MEASURES[name] for name, objective in UNLABELLED.items() if objective is task.objective), own)
 
 
 @torch.no_grad()
