@@ -10,7 +10,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from .base import Geometry, SubspaceLayer
 from .base.batch_norm import BatchNormLayer
 from .base.targets import exact_targets
+from .task_vectors.output_folder import new_folder
+from .task_vectors.places import RECORD, check_place
 
 PEFT_PREFIX = "base_model.model."
 
@@ -76,14 +78,27 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     return lora_config, {PEFT_PREFIX + key: tensor.detach().clone().contiguous() for key, tensor in state_dict.items()}
 
 
-def save_as_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Write `to_lora(model)` as a folder that `PeftModel.from_pretrained` loads without this package."""
+def save_as_lora(
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default", *, overwrite: bool = True
+) -> None:
+    """Write `to_lora(model)` as a folder that `PeftModel.from_pretrained` loads without this package.
+
+    Args:
+        model: a PeftModel, or a transformers model with adapters.
+        directory: the folder to make; it appears when it is whole.
+        adapter_name: which adapter.
+        overwrite: replace an earlier result of this package, as `save_pretrained` does. Nothing else is ever replaced.
+
+    Raises:
+        ValueError: as `to_lora` says.
+        OutputError: the folder is there with files that this package did not write, or it cannot be written.
+    """
+    place = check_place(directory, overwrite=overwrite)
     lora_config, state_dict = to_lora(model, adapter_name)
-    os.makedirs(directory, exist_ok=True)
-    path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
-    save_file(state_dict, path + ".partial", metadata={"format": "pt"})
-    os.replace(path + ".partial", path)
-    lora_config.save_pretrained(os.fspath(directory))
+    names = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, RECORD)
+    with new_folder(place, "export", names, overwrite=overwrite) as folder:
+        save_file(state_dict, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        lora_config.save_pretrained(os.fspath(folder))
 
 
 def _layer_factors(name: str, layer: SubspaceLayer, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from .base.batch_norm import STATISTICS
 from .base.config import AFTER_SAVE
 from .base.files import check_adapter_file
 from .registration import complete_cards
+from .whole_files import write_whole
 
 START, END = "<!-- peft_subspace: begin -->", "<!-- peft_subspace: end -->"  # what is between is written anew on saving
 
@@ -66,9 +67,7 @@ def update_model_card(directory: str, config: Any) -> None:
     after = rest.partition(END)[2]
     parts = [before.strip(), f"{START}\n{_body(directory, config)}\n{END}", after.strip()]
     card.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
-    partial = path + ".partial"
-    card.save(partial)
-    os.replace(partial, path)
+    write_whole(path, str(card).encode())
 
 
 def _body(directory: str, config: SubspaceConfig) -> str:

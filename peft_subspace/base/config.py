@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from .. import _version
+from ..whole_files import write_whole
 from .files import check_adapter_file, find_adapter_file
 
 TARGET_SHORTHANDS = ("all-linear", "all-conv")
@@ -163,9 +164,7 @@ class SubspaceConfig(PeftConfig):
         for name, value in saved.items():  # sets have no order: the same adapter must give the same bytes
             if isinstance(getattr(self, name, None), set):
                 saved[name] = sorted(value)
-        with open(path + ".partial", "w") as writer:
-            json.dump(saved, writer, indent=2, sort_keys=True)
-        os.replace(path + ".partial", path)
+        write_whole(path, json.dumps(saved, indent=2, sort_keys=True))
         for callback in AFTER_SAVE:
             callback(save_directory, self)
 

@@ -100,29 +100,31 @@ def merge(
     from ..merging.planner import make_plan
     from ..merging.recipe import load_recipe, with_shard_size
     from ..merging.run import merge as merge_recipe
-    from ..merging.run import partial_path
     from ..task_vectors.errors import RecipeError
+    from ..task_vectors.output_folder import partial_path, settle
     from ..task_vectors.pickles import pickles_allowed
+    from ..task_vectors.places import check_place, describe_place, real_place
     from ..task_vectors.remote import headers_only
     from .report import describe
-    from .upload import check_repository, upload
+    from .upload import check_name, check_repository, upload
 
     if push_to_hub is not None:
-        check_repository(push_to_hub)
+        check_name(push_to_hub)
     found = load_recipe(recipe)
     if shard_size is not None:
         found = with_shard_size(found, shard_size)
     if out is None and not dry_run:
         raise RecipeError("the folder to make is missing: peft-subspace merge RECIPE OUT, or --dry-run to see the plan.")
+    old_files = [] if push_to_hub is None else check_repository(push_to_hub, overwrite or resume)
     with pickles_allowed(allow_pickle, None if out is None else out.parent), headers_only(dry_run):
         if found.subspace.learn is not None:
             from .learning import describe_learning, learn_first
 
             if dry_run:
-                describe_learning(found, out, device, quiet)
+                describe_learning(found, out, device, quiet, source=recipe, overwrite=overwrite)
                 return
             assert out is not None
-            found = learn_first(found, out, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
+            found = learn_first(found, out, source=recipe, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
             device = "cpu" if found.subspace.output == "adapter" else device  # it was for the learning
         plan = make_plan(found)
         for note in plan.notes:
@@ -131,22 +133,27 @@ def merge(
 
         workers = threads or default_threads()
         if dry_run:
-            check_before_merging(plan, out, device)
+            check_before_merging(plan, device)
             if found.subspace.output == "model":
                 side_files(plan)
             if not quiet:
                 describe(plan, workers)
+            if out is not None:
+                place = check_place(out, overwrite=overwrite, parts=plan.checkpoints, recipe=recipe)
+                console.say(f"Place    {describe_place(out, place)}", quiet)
             return
         assert out is not None
-        if resume and not partial_path(out).exists():
-            state = f"{out} is there already" if out.exists() else f"there is no {partial_path(out)}; starting anew"
+        settle(out)
+        unfinished = partial_path(real_place(out))
+        if resume and not unfinished.exists():
+            state = f"{out} already exists" if out.exists() else f"there is no {unfinished}; starting anew"
             console.say(f"Nothing to resume: {state}.", quiet)
         started = time.monotonic()
         try:
             with console.progress("Merging", sum(tensor.nbytes for tensor in plan.tensors), quiet) as progress:
                 merge_recipe(
                     found, out, resume=resume, overwrite=overwrite, threads=workers, device=device, hash_inputs=hash_inputs,
-                    progress=progress, plan=plan,
+                    progress=progress, plan=plan, recipe_file=recipe,
                 )  # fmt: skip
         except KeyboardInterrupt:
             console.fail(f"interrupted. Go on with --resume, or remove {out}.partial.")
@@ -158,7 +165,7 @@ def merge(
         written = f"{len(plan.tensors)} tensors, {console.size(plan.layout.total)}"
     console.say(f"{out}: {written}, in {console.duration(took)}.", quiet)
     if push_to_hub is not None:
-        console.say(f"Uploaded to {upload(out, push_to_hub, private)}", quiet)
+        console.say(f"Uploaded to {upload(out, push_to_hub, private, old_files)}", quiet)
 
 
 @app.command()
@@ -190,11 +197,11 @@ def extract(
     quiet: Quiet = False,
 ) -> None:
     """Make a LoRA adapter or a task-vector file out of a fine-tuned model and its base."""
-    from ..task_vectors.errors import OutputError, RecipeError
+    from ..task_vectors.errors import RecipeError
     from ..task_vectors.extract import extract_lora
     from ..task_vectors.models import open_source, without_base
     from ..task_vectors.pickles import pickles_allowed
-    from ..task_vectors.places import keep_inputs
+    from ..task_vectors.places import check_file
     from ..task_vectors.task_vector import TaskVector
 
     if task_vector and (rank is not None or energy is not None):
@@ -203,10 +210,9 @@ def extract(
         if task_vector:
             if out.suffix != ".safetensors":
                 raise RecipeError(f"{out}: a task vector is one file; give a name that ends in .safetensors.")
-            if out.exists() and not overwrite:
-                raise OutputError(f"{out}: is there already. Choose another name, or pass --overwrite.")
+            check_file(out, overwrite)
             sources = open_source(model), open_source(base)
-            keep_inputs(out, (part for source in sources for part in source.checkpoints))
+            check_file(out, overwrite, (part for source in sources for part in source.checkpoints))
             vector = TaskVector.of_source(without_base(*sources), sources[1])
             vector.save(out)
             console.say(f"{out}: {len(vector)} tensors, {console.size(out.stat().st_size)}, norm {vector.norm():.4g}.", quiet)

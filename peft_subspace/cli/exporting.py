@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 from ..task_vectors.errors import InputError, OutputError
-from ..task_vectors.places import check_adapter_place, keep_named, put_in_place
+from ..task_vectors.places import check_place
 from ..task_vectors.references import Reference, locate
 from ..task_vectors.sources import ADAPTER_CONFIG, read_json
 
@@ -27,9 +26,9 @@ def export_lora(adapter: str, out: Path, base: str | None, overwrite: bool = Fal
 
     Raises:
         InputError: no adapter, no base, a base of another shape, or an update that LoRA cannot express; names the layer.
-        OutputError: `out` is there, is, holds or lies in something that the adapter needs, or cannot be written.
+        OutputError: as `places.check_place` says, or it cannot be written.
     """
-    check_adapter_place(out, overwrite)
+    check_place(out, overwrite=overwrite)
     folder, _ = locate(adapter, None)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{adapter}: has no {ADAPTER_CONFIG}.")
@@ -39,7 +38,8 @@ def export_lora(adapter: str, out: Path, base: str | None, overwrite: bool = Fal
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise InputError(f"{adapter}: its config does not name the base model; give it with --base.")
-    keep_named(out, [Reference(os.fspath(folder)), Reference(str(name)), *_vectors(config)])
+    needed = [Reference(os.fspath(folder)), Reference(str(name)), *_vectors(config)]
+    place = check_place(out, overwrite=overwrite, references=needed)
     import peft
     import transformers
 
@@ -58,16 +58,11 @@ def export_lora(adapter: str, out: Path, base: str | None, overwrite: bool = Fal
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{adapter} on {name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
-            made = Path(scratch) / "adapter"
-            try:
-                save_as_lora(wrapped, made)
-            except ValueError as error:
-                raise InputError(f"{adapter}: {error}") from error
-            put_in_place(made, out, overwrite)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
+        save_as_lora(wrapped, place, overwrite=overwrite)
+    except OutputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{adapter}: {error}") from error
 
 
 def _vectors(config: dict[str, Any]) -> list[Reference]:

@@ -10,11 +10,14 @@ import typer
 from ..merging.early import learned_path
 from ..merging.learning import learn, vectors_of
 from ..merging.recipe import Recipe
+from ..merging.run import is_finished
+from ..task_vectors.output_folder import partial_path, settle
+from ..task_vectors.places import check_place, describe_place
 from . import console
 
 
-def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool) -> None:
-    """Print what would be learned. Needs no torch, but to look for a device."""
+def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool, *, source: Path, overwrite: bool) -> None:
+    """Print what would be learned, and what would become of `out`. Needs no torch, but to look for a device."""
     from ..merging.early import check_before_learning, check_tasks
     from ..merging.learn_options import lines
     from ..merging.parameters import check_parameters
@@ -33,17 +36,19 @@ def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool
     for text in texts:
         console.say(text, quiet)
     console.say("Output   OUT.learned (the adapter), then OUT by a merge that replays it", quiet)
+    for place in () if out is None else (learned_path(out), out):
+        console.say(f"Place    {describe_place(place, check_place(place, overwrite=overwrite, recipe=source))}", quiet)
 
 
-def learn_first(recipe: Recipe, out: Path, *, quiet: bool, **options: Any) -> Recipe:
+def learn_first(recipe: Recipe, out: Path, *, source: Path, quiet: bool, **options: Any) -> Recipe:
     """Learn beside the result; the recipe that replays it."""
-    from ..merging.run import check_place
-
-    check_place(out, options["resume"], options["overwrite"])
+    settle(out)
+    if not is_finished(out, options["resume"]):
+        check_place(out, overwrite=options["overwrite"], recipe=source)
     try:
         found = learn(recipe, out, say=lambda text: console.say(text, quiet), **options)
     except KeyboardInterrupt:
-        partial = Path(f"{learned_path(out)}.partial")
+        partial = partial_path(learned_path(out))
         way = f"Go on with --resume, or remove {partial}." if partial.exists() else "Nothing was learned yet."
         console.fail(f"interrupted. {way}")
         raise typer.Exit(130) from None

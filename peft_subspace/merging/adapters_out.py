@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..functional.stacked import stack, truncate_sum
 from ..task_vectors.adapters import PEFT_PREFIX
 from ..task_vectors.deltas import LowRank
-from ..task_vectors.errors import InputError, OutputError, RecipeError
+from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.lora_files import (
     json_bytes,
     lora_config,
@@ -26,19 +25,21 @@ from ..task_vectors.lora_files import (
     truncated,
 )
 from ..task_vectors.models import Given
-from ..task_vectors.places import put_in_place, sync_folder
+from ..task_vectors.output_folder import new_folder
+from ..task_vectors.places import MANIFEST
 from ..task_vectors.reading import read_tensor
 from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .adapter_ways import Way, by_product, check_way, is_brought
 from .execute import Settings, merged_tensor, whole_model_passes
-from .files import write_synced
+from .files import write_new
 from .inputs import decomposing, finite
-from .manifest import MANIFEST, make_manifest
+from .manifest import make_manifest
 from .methods.loop import Job, Part, settle
 from .outputs import RECIPE_FILE, card
 from .plan import Plan, TensorPlan
 
 REPORT = "merge_report.json"
+FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, RECIPE_FILE, "README.md", REPORT, MANIFEST)
 
 
 @dataclass
@@ -64,13 +65,11 @@ def merge_adapters(
     Raises:
         RecipeError: a model that is no adapter, a way to merge that does not fit the method.
         InputError: tensors that LoRA has no layer for.
-        OutputError: `out` is there already, or cannot be written.
+        OutputError: another process writes `out`, or it cannot be written.
     """
     way = check_way(plan)
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
     result = _Result()
-    with torch.inference_mode():
+    with new_folder(out, "merge", FILES, overwrite=overwrite) as folder, torch.inference_mode():
         result.reduced = whole_model_passes(plan, Settings())
         for tensor in plan.tensors:
             if tensor.action == "merge":
@@ -80,7 +79,7 @@ def merge_adapters(
                 result.saved[tensor.name] = read_tensor(tensor.base.values)
             if progress is not None:
                 progress(tensor.nbytes)
-        _write(plan, result, out, overwrite, hash_inputs)
+        _write(plan, result, folder, hash_inputs)
     return out
 
 
@@ -165,7 +164,7 @@ def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]
     return factors, scales
 
 
-def _write(plan: Plan, result: _Result, out: Path, overwrite: bool, hash_inputs: bool) -> None:
+def _write(plan: Plan, result: _Result, folder: Path, hash_inputs: bool) -> None:
     base = plan.reference.full
     assert base is not None
     model_type = base.config.get("model_type")
@@ -178,16 +177,10 @@ def _write(plan: Plan, result: _Result, out: Path, overwrite: bool, hash_inputs:
     saved = sorted({name.rpartition(".")[0] for name in result.saved})
     base_name = str(plan.recipe.base_model.model) if plan.recipe.base_model else ""
     config = lora_config(modules, rank, base.tensors, base.config, base_name, saved)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
-        made = Path(scratch) / out.name
-        made.mkdir()
-        write_synced(made / ADAPTER_WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
-        write_synced(made / ADAPTER_CONFIG, json_bytes(config))
-        write_synced(made / RECIPE_FILE, plan.recipe.to_yaml().encode())
-        write_synced(made / "README.md", card(plan, "adapter").encode())
-        write_synced(made / REPORT, json_bytes(result.report))
-        manifest = make_manifest(plan, {}, made, hash_inputs)
-        write_synced(made / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
-        sync_folder(made)
-        put_in_place(made, out, overwrite)
+    write_new(folder / ADAPTER_WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
+    write_new(folder / ADAPTER_CONFIG, json_bytes(config))
+    write_new(folder / RECIPE_FILE, plan.recipe.to_yaml().encode())
+    write_new(folder / "README.md", card(plan, "adapter").encode())
+    write_new(folder / REPORT, json_bytes(result.report))
+    manifest = make_manifest(plan, {}, folder, hash_inputs)
+    write_new(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")

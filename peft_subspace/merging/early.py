@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..task_vectors.errors import InputError, OutputError, RecipeError, sentence
 from ..task_vectors.models import Source, open_source, without_base
-from ..task_vectors.places import keep_inputs
+from ..task_vectors.places import keep_inputs, real_place
 from ..task_vectors.readers import read_adapter
 from ..task_vectors.sources import Checkpoint
 from ..task_vectors.validate import match_names
@@ -20,20 +20,10 @@ from .plan import Plan
 from .recipe import Recipe
 
 
-def partial_path(out: Path) -> Path:
-    """Where a result is while it is not whole."""
-    return _next_to(out, ".partial")
-
-
 def learned_path(out: Path) -> Path:
     """Where the adapter of a result that learns is."""
-    return _next_to(out, ".learned")
-
-
-def _next_to(out: Path, ending: str) -> Path:
-    if not out.name or out.name == "..":
-        raise OutputError(f"{str(out)!r} is not a name for a new folder.")
-    return out.with_name(out.name + ending)
+    place = real_place(out)
+    return place.with_name(place.name + ".learned")
 
 
 def check_device(device: str) -> None:
@@ -51,22 +41,17 @@ def check_device(device: str) -> None:
 # Before merging ----------------------------------------------------------------------------------------------------------
 
 
-def check_before_merging(plan: Plan, out: Path | None, device: str) -> None:
+def check_before_merging(plan: Plan, device: str) -> None:
     """What can be told of a plan before anything is made, but for the files beside the weights (`outputs.side_files`).
 
     Args:
         plan: the merge.
-        out: the result; None if it is not known yet.
         device: where to compute.
 
     Raises:
         RecipeError: a device that cannot be used; adapters that cannot be merged into one.
         InputError: tensors that an adapter cannot have.
-        OutputError: `out` is, holds or lies in a model.
     """
-    if out is not None:
-        for place in (out, partial_path(out)):
-            keep_inputs(place, plan.checkpoints)
     if plan.recipe.subspace.output != "adapter":
         check_device(device)
         return
@@ -114,18 +99,17 @@ def check_before_learning(recipe: Recipe, out: Path | None, device: str) -> None
     if out is None:
         return
     parts = [part for source in (base, *sources, *heads) for part in source.checkpoints]
-    for path in (out, learned_path(out)):
-        for place in (path, partial_path(path)):
-            keep_inputs(place, parts)
-            _keep_data(place, options.tasks)
+    for place in (out, learned_path(out)):
+        keep_inputs(place, parts)
+        _keep_data(place, options.tasks)
 
 
-def _keep_data(place: Path, tasks: Iterable[TaskOptions]) -> None:
-    real = Path(os.path.realpath(place))
+def _keep_data(out: Path, tasks: Iterable[TaskOptions]) -> None:
+    place = Path(os.path.realpath(out))
     for task in tasks:
         data = Path(os.path.realpath(task.data))
-        if os.path.exists(task.data) and (data == real or real in data.parents):
-            raise OutputError(f"{place}: is or holds the data of the task {task.name!r}. Choose another folder.")
+        if os.path.exists(task.data) and (data == place or place in data.parents):
+            raise OutputError(f"{out}: is or holds the data of the task {task.name!r}. Choose another folder.")
 
 
 def _head(task: TaskOptions, base: Checkpoint, names: list[str]) -> Source | None:

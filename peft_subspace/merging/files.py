@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import threading
 from pathlib import Path
 
+from ..task_vectors.disk import disk_error
 from ..task_vectors.errors import OutputError
-from ..task_vectors.places import disk_error
 from .layout import Layout, Shard
 
 PIECE = 2**22
@@ -76,7 +75,10 @@ class _Growing:
         self._whole: set[str] = set()
         self._lock, self._hash_lock = threading.Lock(), threading.Lock()
         self._digest, self._hashed = hashlib.sha256(), 0
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise disk_error(path, error) from error
         try:
             os.ftruncate(self.file, shard.size)  # not fallocate: its blocks make each first write ten times dearer on ext4
             _write_all(self.file, memoryview(shard.header), 0)
@@ -123,6 +125,10 @@ class _Growing:
             self._hash(self.shard.size)
         try:
             os.fsync(self.file)
+            if not os.path.samestat(os.fstat(self.file), os.lstat(self.path)):
+                raise OutputError(f"{self.path}: was replaced while it was written. Start anew.")
+        except FileNotFoundError:
+            raise OutputError(f"{self.path}: was removed while it was written. Start anew.") from None
         except OSError as error:
             raise disk_error(self.path, error) from error
         finally:
@@ -130,26 +136,13 @@ class _Growing:
         return self._digest.hexdigest()
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file and put it on the disk."""
+def write_new(path: Path, content: bytes) -> None:
+    """Write a small file of an unfinished result and put it on the disk; one of an earlier attempt goes first."""
     try:
-        with open(path, "wb") as file:
+        path.unlink(missing_ok=True)  # a link would be followed otherwise
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(path, error) from error
-
-
-def begin_folder(partial: Path, keep: bool) -> None:
-    """Make the folder of something unfinished; what is in it stays only with `keep`.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    try:
-        if partial.exists() and not keep:
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(partial, error) from error

@@ -9,8 +9,6 @@ the recipe that is returned, which can be merged again without the data.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,16 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..task_vectors.bundles import FOLDER as VECTORS
 from ..task_vectors.errors import InputError, OutputError, RecipeError
+from ..task_vectors.locks import remove_scratch
 from ..task_vectors.models import open_source
+from ..task_vectors.output_folder import OutputFolder, settle
+from ..task_vectors.places import RECORD, check_place, write_record
 from ..task_vectors.references import Reference
+from ..task_vectors.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..whole_files import write_whole
 from .adapter_ways import check_way
-from .early import check_before_learning, learned_path, partial_path
-from .files import begin_folder, write_synced
+from .early import check_before_learning, learned_path
 from .learn_options import vector_names
 from .recipe import Recipe
 
-RECORD = "learning.json"
+LEARNING = "learning.json"
+CHECKPOINTS = ("checkpoint", "checkpoint.old", "checkpoint.partial")
+FILES = (
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", LEARNING, "history.json", RECORD, f"{VECTORS}/",
+    *(f"{name}/" for name in CHECKPOINTS),
+)  # fmt: skip
 
 
 def vectors_of(recipe: Recipe) -> dict[str, Reference]:
@@ -72,35 +80,39 @@ def learn(
     Cost: steps x tasks forward and backward passes of the base; see `MergeTrainer`.
     """
     folder = learned_path(out)
-    partial = partial_path(folder)
+    settle(folder)
     check_before_learning(recipe, out, device)
     replay = _replay(recipe, folder)
-    if folder.exists():
-        if resume and _record(folder).get("recipe") == recipe.to_yaml():
-            _compare_rows(recipe, folder, say)
-            say(f"Learned already: {folder}.")
-            return replay
-        if not overwrite or not (folder / RECORD).is_file():
-            raise OutputError(f"{folder}: is there already. Choose another name for the result, or pass --overwrite.")
-    elif resume and not overwrite and out.is_dir() and any(out.iterdir()):
+    if folder.exists() and resume and _record(folder).get("recipe") == recipe.to_yaml():
+        _compare_rows(recipe, folder, say)
+        say(f"Learned already: {folder}.")
+        return replay
+    if not folder.exists() and resume and not overwrite and out.is_dir() and any(out.iterdir()):
         raise OutputError(
-            f"{out}: is there already, and {folder}, by which it was merged, is not: there is nothing to resume. Choose "
+            f"{out}: already exists, and {folder}, by which it was merged, does not: there is nothing to resume. Choose "
             f"another folder, or pass --overwrite to learn and merge anew."
         )
-    if partial.exists() and not resume and not overwrite:
-        raise OutputError(f"{partial}: an unfinished learning is there. Pass --resume to go on, or --overwrite to start anew.")
-    begin_folder(partial, keep=resume)
-    goes_on = _begun(partial)
+    check_place(folder, overwrite=overwrite)
+    output = OutputFolder(folder, "learn", overwrite=overwrite)
     try:
+        check_place(folder, overwrite=overwrite)  # once more: another process may just have ended
+        if output.is_begun() and not resume and not overwrite:
+            raise OutputError(
+                f"{output.folder}: an unfinished learning is there. Pass --resume to go on, or --overwrite to start anew."
+            )
+        partial = output.begin(FILES, keep=resume)
+        goes_on = _begun(partial)
         _learn_into(partial, recipe, _replay(recipe, partial), goes_on, device, say)
+        for name in CHECKPOINTS:
+            remove_scratch(partial / name)
+        write_record(partial, "learn")
+        output.place()
     except BaseException:
-        if not _begun(partial):  # nothing was learned that one could go on from; a checkpoint is kept
-            shutil.rmtree(partial, ignore_errors=True)
+        if _begun(output.folder):
+            output.leave()
+        else:  # nothing was learned that one could go on from
+            output.discard()
         raise
-    shutil.rmtree(partial / "checkpoint", ignore_errors=True)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
     return replay
 
 
@@ -114,7 +126,7 @@ def _replay(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
+    path = folder / LEARNING
     if not path.is_file():
         return {}
     try:
@@ -123,11 +135,8 @@ def _record(folder: Path) -> dict[str, Any]:
         raise OutputError(f"{path}: cannot be read ({error}). Remove {folder}, or pass --overwrite to start anew.") from error
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    """It appears when it is whole."""
-    partial = folder / f"{RECORD}.partial"
-    write_synced(partial, json.dumps(record, indent=1).encode())
-    os.replace(partial, folder / RECORD)
+def _write_learning(folder: Path, record: dict[str, Any]) -> None:
+    write_whole(folder / LEARNING, json.dumps(record, indent=1))
 
 
 def _seed(recipe: Recipe) -> int:
@@ -179,7 +188,7 @@ def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, dev
                 raise OutputError(
                     f"{folder}: was begun with another {' and other '.join(changed)}. Pass --overwrite to start anew."
                 )
-        _write_record(folder, record)
+        _write_learning(folder, record)
         if not goes_on:
             built.model.save_pretrained(folder)
             plan = make_plan(replay)  # what could not be merged afterwards is said now
@@ -208,4 +217,4 @@ def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, dev
     built.model.save_pretrained(folder)
     versions = {"peft_subspace": __version__, **{name: version(name) for name in ("torch", "transformers", "datasets")}}
     found = {**record, "start": asdict(first), "result": asdict(kept), "versions": versions}
-    _write_record(folder, found)
+    _write_learning(folder, found)

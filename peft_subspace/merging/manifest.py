@@ -12,12 +12,11 @@ from typing import Any
 from .._version import __version__
 from ..task_vectors.errors import InputError, VerifyError
 from ..task_vectors.headers import read_header
+from ..task_vectors.places import MANIFEST
 from ..task_vectors.references import Reference, locate
 from ..task_vectors.sources import fingerprint, read_json, sha256_of
 from .methods.registry import get
 from .plan import Plan
-
-MANIFEST = "merge_manifest.json"
 
 
 def make_manifest(plan: Plan, weights: dict[str, str], folder: Path, whole: bool = False) -> dict[str, Any]:
@@ -80,6 +79,8 @@ def verify(folder: str | os.PathLike[str], inputs: bool = True) -> Verification:
     manifest = read_json(path)
     found, wrong = Verification(), []
     try:
+        if not any(name.endswith(".safetensors") for name in manifest["outputs"]):
+            wrong.append("the manifest names no file of weights")
         for name, expected in manifest["outputs"].items():
             file = folder / name
             if Path(name).name != name or not file.is_file():

@@ -15,7 +15,7 @@ from ..task_vectors.headers import FLOAT_DTYPES
 from ..task_vectors.models import Source
 from ..task_vectors.references import HUB_ID, Reference, locate
 from ..task_vectors.sources import read_json
-from .files import write_synced
+from .files import write_new
 from .plan import Plan
 from .recipe import Recipe
 
@@ -58,7 +58,7 @@ def side_files(plan: Plan) -> dict[str, bytes]:
 def write_side_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write them all."""
     for name, content in files.items():
-        write_synced(folder / name, content)
+        write_new(folder / name, content)
 
 
 def _small(path: Path) -> bytes:

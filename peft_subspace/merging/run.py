@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..task_vectors.disk import sync_folder
 from ..task_vectors.errors import OutputError
-from ..task_vectors.places import put_in_place, sync_folder
+from ..task_vectors.locks import remove_scratch
+from ..task_vectors.output_folder import OutputFolder, partial_path, settle
+from ..task_vectors.places import MANIFEST, check_place, real_place
 from .ahead import Ahead
-from .early import check_before_merging, partial_path
-from .files import OutputFiles, begin_folder, write_synced
+from .early import check_before_merging
+from .files import OutputFiles, write_new
 from .journal import Journal
-from .manifest import MANIFEST, make_manifest
+from .manifest import make_manifest
 from .outputs import RECIPE_FILE, card, side_files, write_side_files
 from .plan import Plan
 from .planner import make_plan
 from .recipe import Recipe, load_recipe, make_recipe
 
 SPARE = 64 * 2**20  # bytes for config, tokenizer and manifest
+ALIGNED = ".aligned"  # a folder in the unfinished result: copies of the models with their neurons in one order
 
 
 def merge(
@@ -36,6 +39,7 @@ def merge(
     hash_inputs: bool = False,
     progress: Callable[[int], None] | None = None,
     plan: Plan | None = None,
+    recipe_file: Path | None = None,
 ) -> Path:
     """Merge models by a recipe, in bounded memory.
 
@@ -43,12 +47,13 @@ def merge(
         recipe: a file, a dictionary, or a `Recipe`; one with a `learn` block learns first (`merging.learning`).
         out: the folder to make. It appears when everything is written and on the disk; until then there is `out.partial`.
         resume: go on with a merge that was interrupted, at whatever point. The bytes are those of an uninterrupted one.
-        overwrite: replace what is there, a finished or a partial result.
+        overwrite: replace a finished or an unfinished result of this package; nothing else is ever replaced.
         threads: tensors that are worked on at a time; the cores of this process, at most 6, by default.
         device: where to compute.
         hash_inputs: note the SHA-256 of whole input files in the manifest, not of samples.
         progress: called with numbers of bytes of the result as they are done.
         plan: a plan of this very recipe, if it was made already.
+        recipe_file: where the recipe was read from, if it was read already; its folder is not replaced.
 
     Returns:
         `out`.
@@ -59,39 +64,47 @@ def merge(
         OutputError: `out` cannot be written.
     """
     out = Path(out)
+    settle(out)
+    source = Path(recipe) if isinstance(recipe, (str, os.PathLike)) else recipe_file
     if plan is None:
         found = load_recipe(recipe) if isinstance(recipe, (str, os.PathLike)) else make_recipe(recipe)
         if found.subspace.learn is not None:
             from .learning import learn
 
-            check_place(out, resume, overwrite)
+            if not is_finished(out, resume):
+                check_place(out, overwrite=overwrite, recipe=source)
             found = learn(found, out, resume=resume, overwrite=overwrite, device=device)
             device = "cpu" if found.subspace.output == "adapter" else device  # it was for the learning
         plan = make_plan(found)
-    check_before_merging(plan, out, device)
+    check_before_merging(plan, device)
+    if is_finished(out, resume) and is_made_by(out, plan.recipe, overwrite):
+        return out
+    place = check_place(out, overwrite=overwrite, parts=plan.checkpoints, recipe=source)
     if plan.recipe.subspace.output == "adapter":
         from .adapters_out import merge_adapters
 
-        return merge_adapters(plan, out, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
-    partial = _prepare(out, plan, resume, overwrite)
-    if partial is None:
+        merge_adapters(plan, place, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
         return out
-    journal = Journal(partial.with_name(partial.name + ".journal"))
+    output = OutputFolder(place, "merge", overwrite=overwrite)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.aligned-", dir=partial.parent) as scratch:
-            if plan.recipe.subspace.align is not None:
-                plan = make_plan(plan.recipe, Path(scratch))
-            _merge_into(partial, plan, journal, resume, threads, device, hash_inputs, progress)
-        put_in_place(partial, out, overwrite)
-    except BaseException as error:
-        hopeless = isinstance(error, ValueError) and not isinstance(
-            error, OutputError
-        )  # the recipe or a model: it would fail again
-        if hopeless:
-            shutil.rmtree(partial, ignore_errors=True)
-        journal.close(remove=hopeless)
+        check_place(out, overwrite=overwrite)  # once more: another process may just have ended
+        _begin(output, plan, resume, overwrite)
+        if plan.recipe.subspace.align is not None:
+            scratch = output.folder / ALIGNED
+            remove_scratch(scratch)
+            scratch.mkdir()
+            plan = make_plan(plan.recipe, scratch)
+        _merge_into(output, plan, resume, threads, device, hash_inputs, progress)
+        output.place()
+    except OutputError:
+        output.leave()
         raise
-    journal.close(remove=True)
+    except ValueError:  # the recipe or a model: it would fail again
+        output.discard()
+        raise
+    except BaseException:
+        output.leave()
+        raise
     return out
 
 
@@ -101,42 +114,27 @@ def default_threads() -> int:
     return max(1, min(6, cores))
 
 
-def check_place(out: Path, resume: bool, overwrite: bool) -> bool:
-    """Check that the result may be written; whether it is finished already.
+def is_finished(out: Path, resume: bool) -> bool:
+    """Whether there is nothing to resume, because the whole result is there."""
+    place = real_place(out)
+    return resume and (place / MANIFEST).is_file() and not os.path.lexists(partial_path(place))
+
+
+def is_made_by(out: Path, recipe: Recipe, overwrite: bool) -> bool:
+    """Whether a finished result was made by a recipe.
 
     Raises:
-        OutputError: something is there, and neither `resume` nor `overwrite` says what to do about it.
+        OutputError: another recipe's result is there, and `overwrite` is False.
     """
-    partial = partial_path(out)
-    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
-        if resume and (out / MANIFEST).is_file() and not partial.exists():
-            return True
-        raise OutputError(f"{out}: is there already. Choose another folder, or pass --overwrite.")
-    if partial.exists() and not resume and not overwrite:
-        raise OutputError(
-            f"{partial}: an unfinished merge is there. Pass --resume to go on with it, or --overwrite to start anew."
-        )
-    return False
-
-
-def _prepare(out: Path, plan: Plan, resume: bool, overwrite: bool) -> Path | None:
-    """The folder of the unfinished result, or None if it is finished already.
-
-    Raises:
-        OutputError: another recipe's result is there.
-    """
-    partial = partial_path(out)
-    if check_place(out, resume, overwrite):
-        made_by = out / RECIPE_FILE
-        if not made_by.is_file() or _resolved(load_recipe(made_by)) != _resolved(plan.recipe):
-            raise OutputError(
-                f"{out}: is there already, and {RECIPE_FILE} in it is another recipe, so there is nothing to resume. Choose "
-                f"another folder, or pass --overwrite."
-            )
-        partial.with_name(partial.name + ".journal").unlink(missing_ok=True)
-        return None
-    begin_folder(partial, keep=resume)
-    return partial
+    made_by = out / RECIPE_FILE
+    if made_by.is_file() and _resolved(load_recipe(made_by)) == _resolved(recipe):
+        return True
+    if overwrite:
+        return False
+    raise OutputError(
+        f"{out}: already exists, and {RECIPE_FILE} in it is another recipe, so there is nothing to resume. Choose another "
+        f"folder, or pass --overwrite."
+    )
 
 
 def _resolved(recipe: Recipe) -> Any:
@@ -152,22 +150,43 @@ def _resolved(recipe: Recipe) -> Any:
     return resolved(recipe.model_dump(mode="json"))
 
 
+def _begin(output: OutputFolder, plan: Plan, resume: bool, overwrite: bool) -> None:
+    """Make the unfinished folder, or go on with the one that is there.
+
+    Raises:
+        OutputError: one is there, and neither `resume` nor `overwrite` says what to do about it.
+    """
+    begun = output.is_begun()
+    if begun and not resume and not overwrite:
+        raise OutputError(
+            f"{output.folder}: an unfinished result of `{output.made_by_another() or 'merge'}` is there. Pass --resume to go "
+            f"on with it, or --overwrite to start anew."
+        )
+    if begun and resume and (other := output.made_by_another()):
+        raise OutputError(
+            f"{output.folder}: was begun by `{other}`, which cannot be resumed by a merge. Start anew with --overwrite."
+        )
+    names = [shard.name for shard in plan.layout.shards]
+    output.begin([*names, *_beside_weights(plan), MANIFEST, f"{ALIGNED}/"], keep=resume)
+
+
+def _beside_weights(plan: Plan) -> dict[str, bytes]:
+    kind = plan.recipe.subspace.output
+    if kind == "model":
+        return side_files(plan)
+    return {RECIPE_FILE: plan.recipe.to_yaml().encode(), "README.md": card(plan, kind).encode()}
+
+
 def _merge_into(
-    folder: Path,
+    output: OutputFolder,
     plan: Plan,
-    journal: Journal,
     resume: bool,
     threads: int | None,
     device: str,
     hash_inputs: bool,
     progress: Callable[[int], None] | None,
 ) -> None:
-    kind = plan.recipe.subspace.output
-    files = (
-        side_files(plan)
-        if kind == "model"
-        else {RECIPE_FILE: plan.recipe.to_yaml().encode(), "README.md": card(plan, kind).encode()}
-    )
+    folder, journal, files = output.folder, Journal(output.journal), _beside_weights(plan)
     identity = plan.identity()
     done = journal.read(identity) if resume else {}
     _check_space(folder, plan)
@@ -189,14 +208,15 @@ def _merge_into(
             outputs.abandon()
             raise
     weights = outputs.close()
+    remove_scratch(folder / ALIGNED)
     write_side_files(folder, files)
     manifest = make_manifest(plan, weights, folder, hash_inputs)
-    write_synced(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_new(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
     sync_folder(folder)
 
 
 def _check_space(folder: Path, plan: Plan) -> None:
-    there = sum(file.stat().st_size for file in folder.iterdir())
+    there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     free = shutil.disk_usage(folder).free + there
     if plan.layout.total + SPARE > free and plan.layout.total > free:
         raise OutputError(f"{folder}: the result has {plan.layout.total:,} bytes, and {free:,} are free on this disk.")

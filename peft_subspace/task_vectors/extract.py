@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..whole_files import write_whole
 from .deltas import columns_of
-from .errors import InputError, OutputError, RecipeError
+from .errors import InputError, RecipeError
 from .lora_files import (
     json_bytes,
     lora_config,
@@ -24,7 +23,8 @@ from .lora_files import (
     truncated,
 )
 from .models import open_source, without_base
-from .places import check_adapter_place, keep_inputs, put_in_place
+from .output_folder import new_folder
+from .places import RECORD, check_place
 from .sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .task_vector import TaskVector
 from .validate import is_adaptable
@@ -68,28 +68,28 @@ def extract_lora(
         rank: of every weight; an upper bound with `energy`.
         energy: the smallest rank that keeps this share of the squared norm of each weight. All weights are stored with the
             largest rank, filled with zeros.
-        overwrite: replace `out`, if it is an adapter.
+        overwrite: replace a result of this package.
         progress: called with bytes of the deltas (4 a value).
 
     Raises:
         RecipeError: neither a rank nor an energy.
         InputError: models that do not fit together, or nothing has changed.
-        OutputError: `out` is there, is, holds or lies in one of the models, or cannot be written.
+        OutputError: as `places.check_place` says, or it cannot be written.
     """
     if rank is None and energy is None:
         raise RecipeError("give --rank (such as 16), --energy (such as 0.9), or --task-vector.")
     if energy is not None and not 0 < energy <= 1:
         raise RecipeError(f"--energy {energy} is a share of the squared norm: it must be above 0 and at most 1.")
-    out = Path(out)
-    check_adapter_place(out, overwrite)
+    check_place(out, overwrite=overwrite)
     source = open_source(base)
     if source.full is None:
         raise InputError(f"{base} is an adapter or a task vector and no base.")
     tuned = open_source(model)
-    keep_inputs(out, (*source.checkpoints, *tuned.checkpoints))
+    place = check_place(out, overwrite=overwrite, parts=(*source.checkpoints, *tuned.checkpoints))
     vector = TaskVector.of_source(without_base(tuned, source), source)
     found = Extraction()
-    with torch.inference_mode():
+    names = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, RECORD)
+    with new_folder(place, "extract", names, overwrite=overwrite) as folder, torch.inference_mode():
         factors = _factors(vector, rank, energy, found, progress)
         if not factors:
             raise InputError(f"{model}: no weight that LoRA has a layer for differs from {base}.")
@@ -98,9 +98,8 @@ def extract_lora(
         tensors, largest = lora_tensors(factors, vector.shapes, modules, model_type)
         found.parameters = sum(tensor.numel() for tensor in tensors.values())
         config = lora_config(modules, largest, source.full.tensors, source.full.config, base, [])
-        _write(
-            out, {ADAPTER_WEIGHTS: safetensors_bytes(tensors, {"format": "pt"}), ADAPTER_CONFIG: json_bytes(config)}, overwrite
-        )
+        write_whole(folder / ADAPTER_WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
+        write_whole(folder / ADAPTER_CONFIG, json_bytes(config))
     return found
 
 
@@ -127,16 +126,3 @@ def _factors(
     found.left_out = {name: square / total for name, square in left_out.items()}
     found.error = relative_error(math.fsum([*missed, *left_out.values()]), total)
     return factors
-
-
-def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
-            made = Path(scratch) / "adapter"
-            made.mkdir()
-            for name, content in files.items():
-                (made / name).write_bytes(content)
-            put_in_place(made, out, overwrite)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error

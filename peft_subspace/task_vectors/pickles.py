@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+from .locks import scratch_folder
 
 _scratch: Path | None = None  # where rewritten models are; None while pickles are refused
 
@@ -25,8 +26,8 @@ def pickles_allowed(allowed: bool, beside: Path | None = None) -> Iterator[None]
     if not allowed:
         yield
         return
-    with tempfile.TemporaryDirectory(prefix=".pickles-", dir=beside if beside and beside.is_dir() else None) as folder:
-        _scratch = Path(folder)
+    with scratch_folder(beside if beside and beside.is_dir() else Path(tempfile.gettempdir()), ".pickles-") as folder:
+        _scratch = folder
         try:
             yield
         finally:
@@ -42,7 +43,7 @@ def rewritten(folder: Path) -> Path | None:
     files = _pickles(folder)
     if _scratch is None or not files:
         return None
-    target = _scratch / f"{len(list(_scratch.iterdir()))}.safetensors"
+    target = _scratch / f"{len(list(_scratch.glob('*.safetensors')))}.safetensors"
     _rewrite(files, target)
     return target
 

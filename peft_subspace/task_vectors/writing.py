@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..whole_files import whole_file
 from .errors import OutputError
 from .headers import encode_header
+from .places import check_file
 from .reading import DTYPES
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -35,27 +36,20 @@ def write_file(path: str | os.PathLike[str], entries: Entries, metadata: dict[st
     """Write a file of tensors, one after the other; it is on the disk and whole when it has its name.
 
     Args:
-        path: of the file; what is there is replaced.
+        path: of the file; a task-vector file of this package that is there is replaced.
         entries: name -> (dtype, shape), in the order of the values.
         metadata: texts.
         values: the tensors, in that order; each is asked for when it is written.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or something else stands there.
     """
     header, _ = encode_header(entries, metadata)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    place = check_file(path, overwrite=True)
     try:
-        with open(partial, "wb") as file:
+        with whole_file(place) as file:
             file.write(header)
             for tensor in values:
                 file.write(raw(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if not isinstance(error, OSError):  # of the values, or Ctrl-C
-            raise
+    except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,65 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..task_vectors.locks import remove_scratch
+from ..task_vectors.sources import shortened
+from ..whole_files import unfinished_name, write_whole
+
 NAME = "checkpoint"
+TENSORS, STATE, HISTORY = "state.safetensors", "state.json", "history.json"
 
 
 def save_checkpoint(output_dir: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write `output_dir/checkpoint`, which is exchanged as a whole."""
+    """Write `output_dir/checkpoint`, which is exchanged as a whole.
+
+    Raises:
+        ValueError: something stands there that is no checkpoint of `MergeTrainer`.
+    """
     folder = Path(output_dir) / NAME
     partial, old = folder.with_name(f"{NAME}.partial"), folder.with_name(f"{NAME}.old")
-    shutil.rmtree(partial, ignore_errors=True)
+    check_run_place(output_dir)
+    remove_scratch(partial)
     partial.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps(state))
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+    write_whole(partial / STATE, json.dumps(state))
+    if not folder.exists():
+        remove_scratch(old)
+        partial.rename(folder)
+        return
+    remove_scratch(old)
+    folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_scratch(old)
+
+
+def check_run_place(output_dir: str) -> None:
+    """See that a run replaces nothing in its folder but checkpoints and the history of `MergeTrainer`.
+
+    Raises:
+        ValueError: something else has one of their names.
+    """
+    for ending in ("", ".partial", ".old"):
+        place = Path(output_dir) / f"{NAME}{ending}"
+        if not os.path.lexists(place):
+            continue
+        names = os.listdir(place) if place.is_dir() and not place.is_symlink() else [place.name]
+        others = sorted(name for name in names if (unfinished_name(name) or name) not in (TENSORS, STATE))
+        if others:
+            raise ValueError(
+                f"{place}: holds {shortened(others)}, which is no checkpoint of MergeTrainer and would be replaced. Choose "
+                f"another output_dir."
+            )
+    history = Path(output_dir) / HISTORY
+    if os.path.lexists(history) and not _is_history(history):
+        raise ValueError(f"{history}: is no history of MergeTrainer, and would be replaced. Choose another output_dir.")
+
+
+def _is_history(path: Path) -> bool:
+    try:
+        looks = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(looks, list) and all(isinstance(look, dict) and "phase" in look for look in looks)
 
 
 def load_checkpoint(output_dir: str | None, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -46,11 +89,11 @@ def load_checkpoint(output_dir: str | None, identity: dict[str, Any]) -> tuple[d
         folder = folder.with_name(f"{NAME}.old")  # the process ended between two renames
     if not folder.exists():
         return None
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / STATE).read_text())
     differ = [name for name, value in identity.items() if state["arguments"].get(name) != value]
     if differ:
         raise ValueError(f"The checkpoint in {folder} was written with other arguments: {', '.join(differ)}.")
-    return load_file(folder / "state.safetensors"), state
+    return load_file(folder / TENSORS), state
 
 
 def moments(optimizer: Any, trained: Sequence[Tensor], name: str) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 
 from ..adapters.pooled import PooledModel
 from ..task_vectors.provenance import identity
-from .merge_checkpoint import load_checkpoint, moments, restore_moments, save_checkpoint
+from ..whole_files import write_whole
+from .merge_checkpoint import HISTORY, check_run_place, load_checkpoint, moments, restore_moments, save_checkpoint
 from .objectives import UNLABELLED
 from .tasks import Stream, Task
 
@@ -224,8 +224,11 @@ class MergeTrainer:
                 there is none.
 
         Raises:
-            ValueError: `resume` without `output_dir`, or a checkpoint of other arguments or another adapter.
+            ValueError: `resume` without `output_dir`, or a checkpoint of other arguments or another adapter; something else
+                has the name of a checkpoint in `output_dir`.
         """
+        if self.arguments.output_dir:
+            check_run_place(self.arguments.output_dir)
         state = self._load() if resume else None
         if self.accelerator.num_processes > 1 and state is None:
             for tensor in (*self.masks, *self.coefficients):  # random logits may have come from other seeds
@@ -447,11 +450,9 @@ class MergeTrainer:
 
     def _write_history(self) -> None:
         if self.arguments.output_dir and self.accelerator.is_main_process:
-            path = Path(self.arguments.output_dir) / "history.json"
+            path = Path(self.arguments.output_dir) / HISTORY
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps([asdict(look) for look in self.history], indent=1))
-            os.replace(partial, path)
+            write_whole(path, json.dumps([asdict(look) for look in self.history], indent=1))
 
 
 def _measure(tasks: Sequence[Task]) -> str:

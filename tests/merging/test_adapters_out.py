@@ -216,7 +216,8 @@ def test_what_cannot_be_an_adapter_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bias'.* LoRA has no layer for it"):
         merge(recipe, tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with pytest.raises(OutputError, match="is there already"):
+    (tmp_path / "out" / "notes").touch()
+    with pytest.raises(OutputError, match="already exists and holds notes"):
         merge(table(tmp_path, {"plain": 1}), tmp_path / "out")
 
 

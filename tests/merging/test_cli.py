@@ -268,15 +268,15 @@ def _everything() -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("model", "out", "more", "message"),
     [
-        ("a", "a", ["--rank", "2"], "a: --overwrite replaces adapters, and it is none"),
-        ("a", "base", ["--rank", "2"], "base: --overwrite replaces adapters, and it is none"),
+        ("a", "a", ["--rank", "2"], "a: (already exists and holds|is a file)"),
+        ("a", "base", ["--rank", "2"], "base: (already exists and holds|is a file)"),
         ("a", "a/lora", ["--rank", "2"], "a/lora: is, holds or lies in the model a"),
-        ("all/a", "all", ["--rank", "2"], "all: --overwrite replaces adapters, and it is none"),
+        ("all/a", "all", ["--rank", "2"], "all: (already exists and holds|is a file)"),
         ("base+lora", "lora", ["--rank", "2"], "lora: is, holds or lies in the model lora"),
         ("lora", "link", ["--rank", "2"], "link: is, holds or lies in the model lora"),
-        ("a", "notes", ["--rank", "2"], "notes: --overwrite replaces adapters, and it is none"),
-        ("a", "recipe.yaml", ["--rank", "2"], "recipe.yaml: --overwrite replaces adapters, and it is none"),
-        ("c", "c/model.safetensors", ["--task-vector"], "is, holds or lies in the model c"),
+        ("a", "notes", ["--rank", "2"], "notes: (already exists and holds|is a file)"),
+        ("a", "recipe.yaml", ["--rank", "2"], "recipe.yaml: (already exists and holds|is a file)"),
+        ("c", "c/model.safetensors", ["--task-vector"], "is a file, and no task-vector file"),
         ("c", "base/new.safetensors", ["--task-vector"], "is, holds or lies in the model base"),
         ("tv.safetensors", "tv.safetensors", ["--task-vector"], "is, holds or lies in the model tv.safetensors"),
     ],
@@ -319,7 +319,7 @@ def test_export_never_replaces_its_inputs(command: Command) -> None:
     for adapter, out in (("flora", "flora"), ("flora", "llama"), ("all/flora", "all"), ("flora", "flora/lora")):
         code, _, err = command("export", adapter, out, "--base", "llama", "--overwrite")
         assert code == 4
-        assert "is, holds or lies in the model" in err or "--overwrite replaces adapters" in err
+        assert "is, holds or lies in the model" in err or "Nothing of others is ever replaced" in err
         assert _everything() == before
     assert command("export", "flora", "lora", "--base", "llama")[0] == 0
     assert command("export", "flora", "lora", "--base", "llama", "--overwrite")[0] == 0
@@ -441,6 +441,17 @@ names = {path.name for path in Path(down).iterdir()}
 ours = {"README.md", "config.json", "merge_manifest.json", "merge_recipe.yaml", "model.safetensors"}
 assert names == {".gitattributes", *ours}, names
 assert "base_model:\\n- \\"user/base\\"\\n- \\"user/a\\"" in (Path(down) / "README.md").read_text()
+def push(out, *more):
+    return run(["merge", str(folder / "local.json"), str(folder / out), "-q", "--push-to-hub", *more])
+before = contents(folder / "out")
+assert push("again", "user/merged") == 4, "it holds a result already"
+assert push("again", "user/a", "--overwrite") == 4, "no merge wrote it"
+assert not (folder / "again").exists(), "asked before anything is computed"
+assert push("sharded", "user/merged", "--overwrite", "--shard-size", "3kB") == 0
+assert not api.file_exists("user/merged", "model.safetensors"), "a file of the old result would be loaded in place of the new"
+assert set(api.list_repo_files("user/merged")) == {".gitattributes", *os.listdir(folder / "sharded")}
+assert contents(folder / "out") == before
+assert push("sharded", "user/merged", "--resume", "--shard-size", "3kB") == 0, "the upload is done again"
 table["models"] = [{"model": "user/nothing"}]
 (folder / "recipe.json").write_text(json.dumps(table))
 assert run(["merge", str(folder / "recipe.json"), str(folder / "no")]) == 3
@@ -493,7 +504,7 @@ def test_resume_says_when_there_is_nothing_to_resume(command: Command) -> None:
     assert "Nothing to resume: there is no out.partial; starting anew." in out
     code, out, _ = command("merge", "recipe.yaml", "out", "--resume")
     assert code == 0
-    assert "Nothing to resume: out is there already." in out
+    assert "Nothing to resume: out already exists." in out
     other = yaml.safe_load(Path("recipe.yaml").read_text())
     other["base_model"] = str(Path("base").resolve())  # the same, said otherwise
     Path("same.yaml").write_text(yaml.safe_dump(dict(reversed(other.items()))))
@@ -502,4 +513,4 @@ def test_resume_says_when_there_is_nothing_to_resume(command: Command) -> None:
     Path("other.yaml").write_text(yaml.safe_dump(other))
     code, _, err = command("merge", "other.yaml", "out", "--resume")
     assert code == 4
-    assert "out: is there already, and merge_recipe.yaml in it is another recipe" in err
+    assert "out: already exists, and merge_recipe.yaml in it is another recipe" in err

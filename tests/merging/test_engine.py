@@ -389,11 +389,15 @@ def test_nothing_is_overwritten_by_mistake(tmp_path: Path) -> None:
     trio(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    with pytest.raises(OutputError, match="is there already"):
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="already exists and holds precious, which peft_subspace did not write"):
+            merge(recipe(tmp_path), tmp_path / "out", overwrite=overwrite)
+        assert (tmp_path / "out" / "precious").read_text() == "x"
+    (tmp_path / "out" / "precious").unlink()
+    merge(recipe(tmp_path), tmp_path / "out")
+    with pytest.raises(OutputError, match=r"already exists \(a result of `peft-subspace merge` with 5 files\)"):
         merge(recipe(tmp_path), tmp_path / "out")
-    assert (tmp_path / "out" / "precious").read_text() == "x"
     merge(recipe(tmp_path), tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists()
     assert not list(tmp_path.glob("out.*"))
     (tmp_path / "empty").mkdir()
     merge(recipe(tmp_path), tmp_path / "empty")

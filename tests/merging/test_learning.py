@@ -277,13 +277,13 @@ def test_an_interrupted_learning_goes_on_to_the_same_bytes(tmp_path: Path, monke
     found = read(merge(table, tmp_path / "out", resume=True))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"out\.learned: is there already"):
+    with pytest.raises(OutputError, match=r"out\.learned: already exists \(a result of learn"):
         merge(table, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(MergeTrainer, "train", None)  # what was learned is taken
         assert read(merge(table, tmp_path / "out", resume=True)).keys() == expected.keys()
     shutil.rmtree(tmp_path / "out.learned")
-    with pytest.raises(OutputError, match=r"out: is there already, and \S+out\.learned, by which it was merged, is not"):
+    with pytest.raises(OutputError, match=r"out: already exists, and \S+out\.learned, by which it was merged, does not"):
         merge(recipe(tmp_path, "concrete", steps=5), tmp_path / "out", resume=True)
 
 
@@ -344,7 +344,7 @@ def test_the_command_and_its_dry_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run(["merge", str(path), str(tmp_path / "out"), "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     assert run(["merge", str(path), str(tmp_path / "out")]) == 4
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists (a result of `peft-subspace merge`" in capsys.readouterr().err
 
 
 # What is refused ---------------------------------------------------------------------------------------------------------
@@ -442,13 +442,13 @@ def test_what_headers_tell_is_refused_before_anything_is_written(
         (adapter, "out", [], 2, r"subspace\.output is adapter, and \S+a is a whole model"),
         (recipe(tmp_path), "out", ["--device", "nowhere"], 2, r"--device nowhere: torch cannot use it here"),
         (recipe(tmp_path), "a/out", [], 4, r"is, holds or lies in the model \S+a\. Choose another folder"),
-        (recipe(tmp_path, tasks=[{**one, "head": other}]), "head.safetensors", ["--overwrite"], 4, r"is, holds or lies in"),
+        (recipe(tmp_path, tasks=[{**one, "head": other}]), "head.safetensors", ["--overwrite"], 4, r"is a file"),
         (recipe(tmp_path, tasks=[{**one, "data": f"{base}.csv"}]), "out", [], 2, r"task 'a': data: there is no file"),
         (recipe(tmp_path, tasks=[{**one, "data": str(tmp_path / "nothing.jsonl")}]), "out", [], 3, r"task 'a': .* is empty"),
         (recipe(tmp_path, tasks=[{**one, "head": f"{base}/x/y"}]), "out", [], 3, r"task 'a': head: .*there is no such folder"),
         (recipe(tmp_path, tasks=[{**one, "name": "c"}]), "out", [], 2, r"task 'c': which head\? .* Write `head: MODEL`"),
         ({**recipe(tmp_path), "base_model": f"{base}/model.safetensors"}, "out", [], 2, r"base_model: \S+ is not the folder"),
-        (recipe(tmp_path), "a.jsonl", ["--overwrite"], 4, r"is or holds the data of the task 'a'"),
+        (recipe(tmp_path), "a.jsonl", ["--overwrite"], 4, r"is a file"),
         ({**recipe(tmp_path), "tokenizer_source": "union"}, "out", [], 2, r"tokenizer_source: union is not supported"),
         ({**recipe(tmp_path), "chat_template": "foo"}, "out", [], 2, r"chat_template: 'foo' is not known"),
         (recipe(tmp_path), "out", ["--device", "meta"], 2, r"--device meta: torch cannot use it here"),

@@ -27,6 +27,7 @@ from peft_subspace.merging import execute, files, merge, verify
 from peft_subspace.merging.journal import Journal
 from peft_subspace.merging.methods.registry import Parameter, get, names
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
+from peft_subspace.task_vectors.output_folder import OutputFolder
 from tests.merging import crashes
 from tests.merging.tiny import as_module, contents, recipe, trio, write
 
@@ -76,12 +77,12 @@ def test_resuming_another_merge_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     with pytest.raises(OutputError, match="its recipe differs"):
         merge(recipe(tmp_path, subspace={"seed": 1}), tmp_path / "out", resume=True)
-    with pytest.raises(OutputError, match="an unfinished merge is there"):
+    with pytest.raises(OutputError, match="an unfinished result of `merge` is there"):
         merge(recipe(tmp_path), tmp_path / "out")
     trio(tmp_path / "other")
     shutil.rmtree(tmp_path / "a")
     shutil.copytree(tmp_path / "other" / "c", tmp_path / "a")
-    with pytest.raises(OutputError, match="its inputs differs"):
+    with pytest.raises(OutputError, match="its inputs differ"):
         merge(recipe(tmp_path), tmp_path / "out", resume=True)
     merge(recipe(tmp_path), tmp_path / "out", overwrite=True)
     assert merge(recipe(tmp_path), tmp_path / "out", resume=True) == tmp_path / "out"  # finished: nothing to do
@@ -89,11 +90,14 @@ def test_resuming_another_merge_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_two_processes_do_not_write_one_result(tmp_path: Path) -> None:
     trio(tmp_path)
-    (tmp_path / "out.partial").mkdir()
-    journal = Journal(tmp_path / "out.partial.journal")
-    with pytest.raises(OutputError, match="another process is writing this merge"):
-        merge(recipe(tmp_path), tmp_path / "out", resume=True)
-    journal.close()
+    other = OutputFolder(tmp_path / "out", "merge")
+    other.begin(["model.safetensors"])
+    (tmp_path / "out.partial" / "model.safetensors").write_text("half of it")
+    for more in ({"resume": True}, {"overwrite": True}, {}):  # none of them touches what the first one writes
+        with pytest.raises(OutputError, match="another process is writing this result"):
+            merge(recipe(tmp_path), tmp_path / "out", **more)
+        assert (tmp_path / "out.partial" / "model.safetensors").read_text() == "half of it"
+    other.leave()
     merge(recipe(tmp_path), tmp_path / "out", resume=True)
 
 
@@ -212,11 +216,12 @@ class Narrow:
 @pytest.mark.parametrize("command", ["model", "adapter", "task vector", "lora"])
 def test_small_files_on_a_full_disk(command: str, room: int, zoo: Path, tmp_path: Path) -> None:
     """What is written in one go leaves nothing; the merge of a model can go on."""
-    from peft_subspace.task_vectors import extract, writing
+    from peft_subspace import whole_files
+    from peft_subspace.task_vectors import extract
     from peft_subspace.task_vectors.task_vector import TaskVector
 
-    def narrow(path: Path, *more: Any) -> Any:
-        file = open(path, *more)  # noqa: SIM115 - it is closed as the real one is
+    def narrow(path: Path, *more: Any, **options: Any) -> Any:
+        file = open(path, *more, **options)  # noqa: SIM115 - it is closed as the real one is
         return Narrow(file, room) if "w" in "".join(more) else file
 
     def write_bytes(path: Path, data: bytes) -> None:
@@ -231,7 +236,7 @@ def test_small_files_on_a_full_disk(command: str, room: int, zoo: Path, tmp_path
     }
     lora = {"models": [{"model": str(zoo / "lora")}], "subspace": {"output": "adapter"}}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (files, writing):
+        for module in (files, whole_files):
             patch.setattr(module, "open", narrow, raising=False)
         patch.setattr(Path, "write_bytes", write_bytes)
         with pytest.raises(OutputError, match=r"the disk is full|No space left on device"):

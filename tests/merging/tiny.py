@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def trio(folder: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> dict
     return models
 
 
-def recipe(folder: Path, method: str = "task_arithmetic", models: str = "abc", **more: Any) -> dict[str, Any]:
+def recipe(folder: Path, method: str = "task_arithmetic", models: Sequence[str] = "abc", **more: Any) -> dict[str, Any]:
     """A recipe for `trio`."""
     entries = [{"model": str(folder / name), "parameters": {"weight": 0.5 + 0.1 * n}} for n, name in enumerate(models)]
     return {"merge_method": method, "base_model": str(folder / "base"), "models": entries, **more}

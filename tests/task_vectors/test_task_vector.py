@@ -265,7 +265,7 @@ def test_extraction_says_what_is_wrong(tmp_path: Path) -> None:
         extract_lora(a, base, tmp_path / "out", energy=1.5)
     with pytest.raises(InputError, match="no weight that LoRA has a layer for differs"):
         extract_lora(base, base, tmp_path / "out", rank=2)
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists and holds"):
         extract_lora(a, base, tmp_path / "b", rank=2)
 
 
