@@ -110,13 +110,32 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         entries = _as_recorded(config.provenance["vectors"], entries, bundled)
     if config.strict:
         check_pools_base(entries, model, looks=not config.is_from_file)
-    for tied in first.values():  # files know a tied tensor by one of its names, and not all by the same
+    for tied in first.values():
         for entry in entries:
-            theirs = next((entry.names[name] for name in tied if name in entry.names), None)
-            entry.names.update({} if theirs is None else {name: entry.names.get(name, theirs) for name in tied})
+            _add_tied(entry, tied)
     pool = Pool(entries, DTYPES[config.vector_dtype], config.placement)
-    sources = {name: next((n for n in tied if pool.covers(n)), name) for tied in first.values() for name in tied}
+    sources = {name: source for tied in first.values() for name, source in _sources(pool, tied).items()}
     return OpenedPool(pool, sources, kinds)
+
+
+def _add_tied(entry: Entry, tied: list[str]) -> None:
+    """Files know a tied tensor by one of its names, and not all by the same. What changes all of them is found under each."""
+    theirs = [entry.names[name] for name in tied if name in entry.names]
+    shared = next((name for name in theirs if entry.vector.changes_tied(name)), None)
+    if shared is not None:
+        entry.names.update({name: entry.names.get(name, shared) for name in tied})
+
+
+def _sources(pool: Pool, tied: list[str]) -> dict[str, str]:
+    """Name of a tied parameter -> the name that stands for it: the first for which all vectors have the same.
+
+    An adapter on an embedding changes the input alone: then the head is a block of its own, or none.
+    """
+    same: dict[tuple[str | None, ...], str] = {}
+    found = {}
+    for name in sorted(tied, key=pool.covers, reverse=True):
+        found[name] = same.setdefault(tuple(entry.names.get(name) for entry in pool.entries), name)
+    return found
 
 
 @contextmanager

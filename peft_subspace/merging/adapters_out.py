@@ -167,10 +167,9 @@ def _stacked(plan: Plan, tensor: TensorPlan) -> tuple[list[tuple[Tensor, Tensor]
 def _write(plan: Plan, result: _Result, folder: Path, hash_inputs: bool) -> None:
     base = plan.reference.full
     assert base is not None
-    model_type = base.config.get("model_type")
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     modules = modules_of(result.factors, base.tensors, base.config)
-    tensors, rank = lora_tensors(result.factors, shapes, modules, model_type)
+    tensors, rank = lora_tensors(result.factors, shapes, modules, base.config)
     whole = modules_of(result.saved, base.tensors, base.config)
     for name, values in result.saved.items():
         tensors[PEFT_PREFIX + (f"{whole[name]}.weight" if name.endswith(".weight") else whole[name])] = values

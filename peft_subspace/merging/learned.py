@@ -241,10 +241,16 @@ class LearnedTensors:
     Attributes:
         tensors: name of a tensor of the base -> what was learned for it; all others stay as they are.
         whole: name of a tensor -> its values in the adapter's file: modules that were trained whole, statistics of BatchNorm.
+        blocks: name of a tensor of the base -> the block whose numbers it has; tied tensors have those of one.
     """
 
     tensors: Mapping[str, LearnedTensor]
     whole: Mapping[str, TensorHeader]
+    blocks: Mapping[str, str]
+
+    def is_shared(self, first: str, second: str) -> bool:
+        """Whether two names of a tied tensor of the base go on having one value."""
+        return self.whole.get(first) == self.whole.get(second) and self.blocks.get(first) == self.blocks.get(second)
 
 
 def learned_tensors(
@@ -270,8 +276,7 @@ def learned_tensors(
     if lost:
         raise InputError(
             f"{learned.checkpoint.name}: composes {shortened(lost)}, which the base's file does not have. It was learned on "
-            f"{learned.config.get('base_model_name_or_path') or 'another model'}. If it is tied to one that the adapter "
-            f"leaves alone, load the adapter with PEFT and call merge_and_unload."
+            f"{learned.config.get('base_model_name_or_path') or 'another model'}."
         )
     _check_values(learned, names, known)
     found = {
@@ -279,7 +284,8 @@ def learned_tensors(
         for name, entry in blocks.items()
         if name in names
     }
-    return LearnedTensors(found, {names.get(name, name): header for name, header in whole.items()})
+    leaders = {names[name]: str(entry.get("tied", name)) for name, entry in blocks.items() if name in names}
+    return LearnedTensors(found, {names.get(name, name): header for name, header in whole.items()}, leaders)
 
 
 def _plain(key: str, method: str) -> str:

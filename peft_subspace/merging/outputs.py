@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..task_vectors.blueprint import blueprint
 from ..task_vectors.errors import InputError, RecipeError
 from ..task_vectors.headers import FLOAT_DTYPES
 from ..task_vectors.models import Source
@@ -81,8 +82,23 @@ def _config(config: dict[str, Any], plan: Plan) -> bytes:
             config[key] = dtype
     config.pop("_name_or_path", None)
     if plan.untied:
-        config["tie_word_embeddings"] = False
+        _untie(config)
     return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """Say that the output has weights of its own, also in the configs of a model's parts.
+
+    A class that computes otherwise with untied weights, as T5 does, keeps its config: transformers does not tie what a file
+    has with different values.
+    """
+    found = blueprint(config)
+    if found is not None and found.scales_by_tie:
+        return
+    config["tie_word_embeddings"] = False
+    for inner in config.values():
+        if isinstance(inner, dict) and "tie_word_embeddings" in inner:
+            inner["tie_word_embeddings"] = False
 
 
 def tokenizer_files(recipe: Recipe, base: Source | None, sources: Sequence[Source]) -> dict[str, bytes]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..task_vectors.deltas import StoredDelta
 from ..task_vectors.errors import InputError, RecipeError, sentence
 from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader
-from ..task_vectors.models import Given, Source, extra_saved, given_by, open_source, without_base
+from ..task_vectors.models import APART_KEY, Given, Source, extra_saved, given_by, open_source, without_base
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
-from ..task_vectors.validate import OUTPUT_HEADS, made_for_another, tied_head
+from ..task_vectors.ties import with_ties
+from ..task_vectors.validate import made_for_another, tied_head
 from .layout import make_layout
 from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, open_mask
 from .methods.registry import Method
@@ -20,8 +20,6 @@ from .parameters import check_parameters, depths, resolve
 from .plan import Equal, Plan, TensorPlan
 from .recipe import Recipe
 from .statistics import open_statistics
-
-_TIED_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
 
 
 def make_plan(recipe: Recipe, scratch: Path | None = None) -> Plan:
@@ -80,8 +78,11 @@ class _Planner:
         self.recipe, self.method, self.base, self.sources, self.reference = recipe, method, base, sources, reference
         self.learned = learned
         assert reference.full is not None
-        self.known = reference.full.tensors
+        self.stored = reference.full.tensors
         self.config = reference.full.config
+        self.known, self.aliases = dict(self.stored), dict[str, str]()
+        if learned is not None or recipe.subspace.mask is not None or any(_may_part_ties(one, self.stored) for one in sources):
+            self.known, self.aliases = with_ties(self.stored, self.config)
         self.tied = self.config.get("tie_word_embeddings", True)
         self.notes: list[str] = []
         self.equal: list[Equal] = []
@@ -91,6 +92,7 @@ class _Planner:
         self.found = None if learned is None else learned_tensors(learned, method.learned_tensor, self.known, self.config)
         opened = open_mask(recipe, self.known, self.config)
         self.mask = None if opened is None else opened[0]
+        self.masks_found = None if opened is None else opened[1]
         self.masks: Mapping[str, LearnedTensor] = {} if opened is None else opened[1].tensors
         if opened is not None and opened[1].whole:
             whole = shortened(sorted(opened[1].whole))
@@ -100,18 +102,26 @@ class _Planner:
         own = open_base_tensors(self.reference)
         given = [own if source is self.reference else self._given(source) for source in self.sources]
         order = sorted((n for n in self.known if n not in self.left_out), key=lambda n: _place(self.known[n]))
-        where = depths(self.known)
-        tensors = [self._tensor(name, own[name], [one.get(name, Given()) for one in given], where[name]) for name in order]
-        if self.found is None:
-            tensors += self._new_heads() + self._untied_head(own, given, where)
-        else:
-            tensors = self._with_whole(tensors, self.found)
+        where = depths(self.stored)
+        aliases = self._parted(given)
+        tensors = []
+        for name in order:
+            if name in self.stored or name in aliases:
+                like = self.aliases.get(name, name)
+                tensors.append(self._tensor(name, own[like], [one.get(name, Given()) for one in given], where[like], like))
+        tensors = tensors + self._new_heads() if self.found is None else self._with_whole(tensors, self.found)
+        if self.recipe.subspace.output == "adapter":
+            tensors = [tensor for tensor in tensors if tensor.name not in aliases or tensor.action == "merge"]
         metadata = {"format": "pt"}
         weights = "model.safetensors"
         if self.recipe.subspace.output == "task_vector":
             tensors = [tensor for tensor in tensors if tensor.action == "merge"]
             base = str(self.recipe.base_model)
             metadata |= {FORMAT_KEY: TASK_VECTOR, "base": base, "version": "1"}
+            changed = {tensor.name for tensor in tensors}
+            pairs = [{alias, stored} & changed for alias, stored in self.aliases.items() if aliases]
+            if apart := sorted({name for pair in pairs if len(pair) == 1 for name in pair}):
+                metadata[APART_KEY] = json.dumps(apart)
             weights = "task_vector.safetensors"
         size = self.recipe.subspace.shard_size if weights == "model.safetensors" else 2**62
         layout = make_layout(((t.name, t.dtype, t.shape) for t in tensors), size, metadata, weights)
@@ -128,10 +138,9 @@ class _Planner:
         embeddings = self.recipe.subspace.embeddings
         if embeddings == "pad_from_base" and self.base is None:
             raise RecipeError("embeddings: pad_from_base needs a base_model to take the rows from.")
-        given, missing, extra = given_by(source, self.known, embeddings=embeddings, config=self.config)
+        given, missing, extra = given_by(source, self.known, embeddings=embeddings, config=self.config, aliases=self.aliases)
         if self.learned is not None:
             return given  # what a vector lacks, and what it has beside the base, was left out when it was learned with too
-        extra = [key for key in extra if not self._is_tied_extra(source, key)]
         if (missing or extra) and policy == "error":
             lacks = f"lacks {len(missing)} tensors of the base ({shortened(missing)})" if missing else ""
             more = f"has {len(extra)} that the base lacks ({shortened(extra)})" if extra else ""
@@ -149,24 +158,8 @@ class _Planner:
             raise RecipeError(f"{name} lacks {shortened(missing)}, and there is no base_model to take them from.")
         return given
 
-    def _is_tied_extra(self, source: Source, key: str) -> bool:
-        """An output head that the base does not store because it is the embedding: it must be that here too."""
-        full = source.full
-        assert full is not None
-        partner = tied_head(key, full.tensors)
-        if partner is None or not self.tied or full.tensors[key].shape != full.tensors[partner].shape:
-            return False
-        self.equal.append(
-            Equal(
-                full.tensors[key],
-                full.tensors[partner],
-                f"{full.name}: its {key!r} is not its embedding {partner!r}, while the base has one matrix for both. Untie the "
-                f"base: save it with tie_word_embeddings=False.",
-            )
-        )
-        return True
-
-    def _tensor(self, name: str, base: Given, models: list[Given], depth: float) -> TensorPlan:
+    def _tensor(self, name: str, base: Given, models: list[Given], depth: float, like: str) -> TensorPlan:
+        """Plan one tensor; `like` is the stored one that it shares its values with in the base, else itself."""
         header = self.known[name]
         recipe = self.recipe
         has_base = self.base is not None
@@ -180,7 +173,7 @@ class _Planner:
             code = "F32"
         tables = [entry.parameters for entry in recipe.merged_models]
         try:
-            options, per_model = resolve(self.method, recipe.parameters, tables, name, depth)
+            options, per_model = resolve(self.method, recipe.parameters, tables, like, depth)
         except ValueError as error:
             raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
         self._check_together(name, options, per_model)
@@ -193,7 +186,7 @@ class _Planner:
             or any(m.values is None or m.values.count < header.count for m in models)
             or recipe.subspace.output == "task_vector"
         )
-        partner = (tied_head(name, self.known) if self.tied else None) or name
+        partner = (tied_head(like, self.known) if self.tied else None) or like
         kept = base if has_base and needs_base else None
         found = [tensors[name] for tensors in self.statistics if name in tensors]
         statistics = tuple(found) if found and len(found) == len(models) else None
@@ -248,29 +241,46 @@ class _Planner:
             self.notes.append(f"{shortened(both)}: brought by several adapters and not by the base, left out.")
         return [TensorPlan(name, h.shape, h.dtype, Given(h), (), "copy") for name, h in kept.items()]
 
-    def _untied_head(
-        self, own: dict[str, Given], given: list[dict[str, Given]], where: Mapping[str, float]
-    ) -> list[TensorPlan]:
-        """An adapter on an embedding changes what goes in, not the output head that is tied to it: they part ways.
+    def _parted(self, given: list[dict[str, Given]]) -> set[str]:
+        """Names that the base's file leaves out as they are tied, and that the result must have: all, if any two part ways.
 
-        The head is merged by itself, from what the models have without the adapter's delta, and the config says so.
+        An adapter on an embedding changes what goes in, not the output head that is tied to it, as in the model that it was
+        trained in; so does one on the head, and a module that was trained whole.
         """
-        if not self.tied or not str(next(iter(self.config.get("architectures") or []), "")).endswith(_TIED_ARCHITECTURES):
-            return []
-        head = next((name for name in self.known if name.endswith(OUTPUT_HEADS)), None)
-        embedding = tied_head(head or OUTPUT_HEADS[0], self.known)
-        if embedding is None:
-            return []
-        sides = [(one.get(embedding, Given()), one.get(head or "", Given())) for one in given]
-        if all(isinstance(d, StoredDelta) for pair in sides for one in pair for d in one.deltas):
-            return []
+        parted = sorted({stored for alias, stored in self.aliases.items() if not self._stay_tied(alias, stored, given)})
+        if not parted:
+            return set()
         self.untied = True
-        self.notes.append("an adapter changes one of the tied embeddings: the result has two (tie_word_embeddings: false).")
-        if head is not None:
-            return []
-        without = [replace(one, deltas=tuple(d for d in one.deltas if isinstance(d, StoredDelta))) for one, _ in sides]
-        planned = self._tensor(embedding, own[embedding], without, where[embedding])
-        return [replace(planned, name=OUTPUT_HEADS[0], draws_as=embedding)]
+        self.notes.append(
+            f"{shortened(parted)}: tied in the base, and an adapter changes one side alone. The result has all of them "
+            f"(tie_word_embeddings: false)."
+        )
+        return set(self.aliases)
+
+    def _stay_tied(self, alias: str, stored: str, given: list[dict[str, Given]]) -> bool:
+        for found in (self.found, self.masks_found):
+            if found is not None and not found.is_shared(alias, stored):
+                return False
+        return self.found is not None or all(
+            self._are_alike(source, alias, stored, one.get(alias, Given()), one.get(stored, Given()))
+            for source, one in zip(self.sources, given, strict=True)
+        )
+
+    def _are_alike(self, source: Source, alias: str, stored: str, first: Given, second: Given) -> bool:
+        if first == second:
+            return True
+        whole = source.full
+        if whole is None or first.deltas != second.deltas or first.values is None or second.values is None:
+            return False
+        self.equal.append(  # a model that stores both must have the same values in them
+            Equal(
+                first.values,
+                second.values,
+                f"{whole.name}: its {alias!r} is not its {stored!r}, while the base has one matrix for both. Untie the base: "
+                f"save it with tie_word_embeddings=False.",
+            )
+        )
+        return True
 
     def _compare_bases(self) -> None:
         """A note where a model says that it was made from another base; names of folders differ for good reasons."""
@@ -281,6 +291,12 @@ class _Planner:
                 ours = self.base.reference.model
                 if declared := made_for_another(part, ours):
                     self.notes.append(f"{part.name}: says that it was made for {declared!r}; it is merged onto {ours!r}.")
+
+
+def _may_part_ties(source: Source, stored: Mapping[str, TensorHeader]) -> bool:
+    """Whether a class has to be asked for its ties: for adapters, and models with other names than the base."""
+    full = source.full
+    return full is None or len(source.checkpoints) > 1 or full.tensors.keys() != stored.keys()
 
 
 def _place(header: TensorHeader) -> tuple[str, int]:

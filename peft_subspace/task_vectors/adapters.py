@@ -181,7 +181,7 @@ def read_flora(checkpoint: Checkpoint, model_type: str | None) -> Adapter:
 
 def is_embedding_module(module: str) -> bool:
     """Whether a module is an embedding, whose weight is stored as `[rows, dim]`; seen from its name."""
-    return re.search(r"embed|wte|wpe|shared", module.rpartition(".")[2]) is not None
+    return re.search(r"embed(?!_out)|wte|wpe|shared", module.rpartition(".")[2]) is not None
 
 
 def _tucker(

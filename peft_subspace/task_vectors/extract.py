@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from .lora_files import (
     relative_error,
     safetensors_bytes,
     truncated,
+    without_layer,
 )
 from .models import open_source, without_base
 from .output_folder import new_folder
@@ -90,12 +91,16 @@ def extract_lora(
     found = Extraction()
     names = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, RECORD)
     with new_folder(place, "extract", names, overwrite=overwrite) as folder, torch.inference_mode():
-        factors = _factors(vector, rank, energy, found, progress)
+        named = [name for name, shape in vector.shapes.items() if is_adaptable(name, shape)]
+        adapted = set(named) - without_layer(named, source.full.tensors, source.full.config)
+        factors = _factors(vector, adapted, rank, energy, found, progress)
         if not factors:
             raise InputError(f"{model}: no weight that LoRA has a layer for differs from {base}.")
-        model_type = source.full.config.get("model_type")
+        tied = {alias: stored for alias, stored in vector.tied.items() if stored in factors}
+        factors |= {alias: factors[stored] for alias, stored in tied.items()}  # LoRA on one of them would leave the others
+        shapes = {**vector.shapes, **{alias: vector.shapes[stored] for alias, stored in tied.items()}}
         modules = modules_of(factors, source.full.tensors, source.full.config)
-        tensors, largest = lora_tensors(factors, vector.shapes, modules, model_type)
+        tensors, largest = lora_tensors(factors, shapes, modules, source.full.config)
         found.parameters = sum(tensor.numel() for tensor in tensors.values())
         config = lora_config(modules, largest, source.full.tensors, source.full.config, base, [])
         write_whole(folder / ADAPTER_WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
@@ -104,7 +109,12 @@ def extract_lora(
 
 
 def _factors(
-    vector: TaskVector, rank: int | None, energy: float | None, found: Extraction, progress: Callable[[int], None] | None
+    vector: TaskVector,
+    adapted: Collection[str],
+    rank: int | None,
+    energy: float | None,
+    found: Extraction,
+    progress: Callable[[int], None] | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     factors, squares, missed, left_out = {}, [], [], {}
     for name, shape in vector.shapes.items():
@@ -113,7 +123,7 @@ def _factors(
         if not math.isfinite(square):
             raise InputError(f"{name!r} has values that are NaN or infinite.")
         squares.append(square)
-        if square > 0 and is_adaptable(name, shape):
+        if square > 0 and name in adapted:
             left, right, share = truncated(delta.reshape(-1, columns_of(shape)), rank, energy)
             factors[name] = (left, right)
             found.ranks[name], found.errors[name] = left.shape[1], math.sqrt(share)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..functional.stacked import rank_for_energy
 from .adapters import CONV1D_MODELS, PEFT_PREFIX
+from .blueprint import blueprint
 from .headers import ITEM_SIZES, TensorHeader, encode_header
 from .renaming import names_in_memory
 from .validate import is_adaptable
@@ -29,9 +30,17 @@ _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT wants a trained h
 _EMBEDDING = re.compile(r"embed_tokens|word_embeddings|position_embeddings|token_type_embeddings|wte|wpe|shared|tok_embeddings")
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a weight `[rows, dim]` is looked up by row; seen from its name, for want of the model's code."""
-    return bool(_EMBEDDING.search(name.rpartition(".")[0].rpartition(".")[2]))
+def embeddings_among(modules: Iterable[str], config: Mapping[str, Any]) -> set[str]:
+    """Modules whose weight `[rows, dim]` is looked up by row, as the model's class says; else seen from their names.
+
+    Args:
+        modules: names in memory.
+        config: config.json of the model.
+    """
+    found = blueprint(config)
+    if found is None:
+        return {module for module in modules if _EMBEDDING.search(module.rpartition(".")[2])}
+    return {module for module in modules if f"{module}.weight" in found.embeddings}
 
 
 def modules_of(names: Iterable[str], base: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> dict[str, str]:
@@ -40,11 +49,25 @@ def modules_of(names: Iterable[str], base: Mapping[str, TensorHeader], config: M
     return {name: stored.get(name, name).removesuffix(".weight") for name in names}
 
 
+def without_layer(names: Iterable[str], base: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> set[str]:
+    """Weights for which PEFT's LoRA has no layer, as the model's class says; none if the class is not known.
+
+    Args:
+        names: of weights in the base's file.
+        base: its tensors.
+        config: its config.json.
+    """
+    found = blueprint(config)
+    if found is None:
+        return set()
+    return {name for name, module in modules_of(names, base, config).items() if f"{module}.weight" not in found.layers}
+
+
 def lora_tensors(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
     modules: Mapping[str, str],
-    model_type: str | None,
+    config: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], int]:
     """Tensors of an adapter file with one rank, the largest: smaller ones are filled with zeros, as serving engines need.
 
@@ -52,17 +75,18 @@ def lora_tensors(
         factors: weight -> left `[rows, r]` and right `[r, columns]`.
         shapes: weight -> its shape in the base.
         modules: weight -> name of its module, see `modules_of`.
-        model_type: of the base: GPT-2 and a few others store linear weights as `[in, out]`.
+        config: of the base, config.json: GPT-2 and a few others store linear weights as `[in, out]`.
     """
     rank = max(left.shape[1] for left, _ in factors.values())
     tensors: dict[str, Tensor] = {}
+    embeddings = embeddings_among(modules.values(), config)
     for name, (left, right) in factors.items():
         module, missing = PEFT_PREFIX + modules[name], rank - left.shape[1]
         left, right = torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
         kernel = shapes[name][2:]
-        if is_embedding(name):
+        if modules[name] in embeddings:
             tensors |= {f"{module}.lora_embedding_A": left.t(), f"{module}.lora_embedding_B": right.t()}
-        elif is_transposed(name, model_type) and not kernel:
+        elif is_transposed(name, config.get("model_type")) and not kernel:
             tensors |= {f"{module}.lora_A.weight": left.t(), f"{module}.lora_B.weight": right.t()}
         else:
             down = right.reshape(rank, *shapes[name][1:])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,11 @@ from .readers import read_adapter
 from .references import Reference, locate
 from .renaming import names_in_memory
 from .sources import Checkpoint, open_checkpoint
-from .validate import check_shapes, is_buffer, match_names, tied_head
+from .ties import with_ties
+from .validate import check_shapes, is_buffer, match_names
 
 A_SUFFIX, B_SUFFIX = "::A", "::B"  # names of the factors in a task-vector file
+APART_KEY, ALL = "apart", "*"  # in its metadata: names, or all, whose change is not that of the tensors that are tied to them
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def given_by(
     *,
     embeddings: str = "error",
     config: Mapping[str, Any] | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Given], list[str], list[str]]:
     """What a source brings to each tensor of the base.
 
@@ -90,6 +94,7 @@ def given_by(
         base: tensors of the base.
         embeddings: what to do about vocabularies of different sizes.
         config: of the base, config.json.
+        aliases: names in `base` that its file leaves out -> the stored one that shares its values (`ties.with_ties`).
 
     Returns:
         name in the base -> what is given; tensors of the base that a whole model lacks; its tensors that the base lacks.
@@ -103,29 +108,36 @@ def given_by(
     extra: list[str] = []
     for part in source.checkpoints:
         if part.kind == "model":
-            values, missing, extra = _values(part, base, embeddings, config.get("tie_word_embeddings", True))
+            values, missing, extra = _values(part, base, embeddings)
+            missing = [name for name in missing if name not in (aliases or {})]
             found = {name: Given(header) for name, header in values.items()}
         else:
-            _add(found, part, base, config)
+            _add(found, part, base, config, aliases or {})
     return found, missing, extra
 
 
 def _values(
-    part: Checkpoint, base: Mapping[str, TensorHeader], embeddings: str, tied: bool
+    part: Checkpoint, base: Mapping[str, TensorHeader], embeddings: str
 ) -> tuple[dict[str, TensorHeader], list[str], list[str]]:
-    names = match_names(part.tensors, base, part.name)
-    values = {ours: part.tensors[theirs] for theirs, ours in names.items()}
-    for name in set(base) - set(values):  # a tied head that this model leaves out is its embedding
-        partner = tied_head(name, base)
-        if partner in values and part.config.get("tie_word_embeddings", tied) and base[name].shape == base[partner].shape:
-            values[name] = values[partner]
+    tensors = part.tensors
+    names = match_names(tensors, base, part.name)
+    if len(names) < len(base):  # what this model leaves out may be tied
+        tensors, _ = with_ties(tensors, part.config)
+        names = match_names(tensors, base, part.name)
+    values = {ours: tensors[theirs] for theirs, ours in names.items()}
     check_shapes(part.name, ((name, base[name].shape, tensor.shape) for name, tensor in values.items()), embeddings)
     missing = sorted(name for name in base if name not in values and not is_buffer(name))
     extra = sorted(name for name in part.tensors if name not in names and not is_buffer(name))
     return values, missing, extra
 
 
-def _add(found: dict[str, Given], part: Checkpoint, base: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> None:
+def _add(
+    found: dict[str, Given],
+    part: Checkpoint,
+    base: Mapping[str, TensorHeader],
+    config: Mapping[str, Any],
+    aliases: Mapping[str, str],
+) -> None:
     if part.kind == "adapter":
         adapter = read_adapter(part, config.get("model_type"))
         names = _module_names(part, adapter, base, config)
@@ -144,12 +156,36 @@ def _add(found: dict[str, Given], part: Checkpoint, base: Mapping[str, TensorHea
             names |= {theirs: renamed[ours] for theirs, ours in match_names(deltas, renamed, part.name).items()}
         if len(names) < len(deltas):
             raise InputError(f"{part.name}: {unmatched_text([n for n in deltas if n not in names])} are not in the base.")
-    for theirs, delta in deltas.items():
-        name = names[theirs]
+    given = [(names[theirs], theirs, delta) for theirs, delta in deltas.items()]
+    if part.kind == "task_vector":  # a change of what the base has once is that of all its names
+        ours = {name: (theirs, delta) for name, theirs, delta in given}
+        follow = {alias: ours[stored] for alias, stored in aliases.items() if alias not in ours and stored in ours}
+        given += [(alias, *pair) for alias, pair in follow.items() if pair[0] not in changed_alone(part)]
+    for name, theirs, delta in given:
         before = found.get(name, Given())
         if isinstance(delta, OnWeight):
             delta = delta.on(before.values or base[name])
         found[name] = Given(before.values, (*before.deltas, _fitted(part, theirs, delta, base[name].shape)))
+
+
+def changed_alone(part: Checkpoint) -> frozenset[str]:
+    """Names in a task-vector file whose change is not that of the tensors that are tied to them."""
+    named = part.metadata.get(APART_KEY, "[]")
+    try:
+        return frozenset(task_vector_deltas(part)) if named == ALL else frozenset(json.loads(named))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{part.name}: its metadata {APART_KEY!r} is no list of names: {error}.") from error
+
+
+def alone(source: Source, names: Collection[str]) -> frozenset[str]:
+    """Of names that a source changes, those whose change is not that of the tensors that are tied to them.
+
+    A whole model changes both. An adapter changes the module that it is on, and a task-vector file says it.
+    """
+    kinds = {part.kind: part for part in source.checkpoints}
+    if "model" in kinds:
+        return frozenset()
+    return frozenset(names) if "adapter" in kinds else changed_alone(kinds["task_vector"]) & frozenset(names)
 
 
 def task_vector_deltas(part: Checkpoint) -> dict[str, Delta]:
@@ -180,15 +216,9 @@ def _module_names(
             names = _matched(part, adapter, renamed, base)
     lost = [name for name in adapter.deltas if name not in names]
     if lost:
-        tied = tied_head(lost[0], base)
         raise InputError(
-            f"{part.name}: adapts {unmatched_text(lost)}, which the base does not have"
-            + (
-                f" in its file (a head that is tied to {tied!r} is not stored). Merge the adapter into its model first "
-                f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
-                if tied
-                else f". It was trained on {adapter.base or 'another model'}."
-            )
+            f"{part.name}: adapts {unmatched_text(lost)}, which the base does not have. It was trained on "
+            f"{adapter.base or 'another model'}."
         )
     return names
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .blueprint import blueprint
+
 
 def names_in_memory(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """Name in memory -> name in the file, as the installed transformers loads them.
@@ -19,26 +21,23 @@ def names_in_memory(names: Iterable[str], config: Mapping[str, Any]) -> dict[str
     Returns:
         Nothing, if the architecture is not known to transformers.
     """
-    architecture = next(iter(config.get("architectures") or []), None)
     names = list(names)
+    found = blueprint(config)
+    if found is None:
+        return {}
     try:
-        import torch
-        import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-        model_class: Any = getattr(transformers, str(architecture))
-        with torch.device("meta"):
-            model = model_class(model_class.config_class.from_dict(dict(config)))
-        transforms = get_model_conversion_mapping(model)
+        transforms = get_model_conversion_mapping(found.model)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         others: Any = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
-        known = dict.fromkeys(model.state_dict(), True)
-        found = {}
+        known = dict.fromkeys(found.model.state_dict(), True)
+        renamed = {}
         for name in names:
-            renamed, fused = rename_source_key(name, renamings, others, model.base_model_prefix, known)
+            new, fused = rename_source_key(name, renamings, others, found.model.base_model_prefix, known)
             if fused is None:
-                found[renamed] = name
-        return found
-    except Exception:  # an architecture of its own, a config that does not fit, another transformers: names stay as they are
+                renamed[new] = name
+        return renamed
+    except Exception:  # another transformers: names stay as they are
         return {}

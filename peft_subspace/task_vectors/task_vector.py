@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -15,11 +16,24 @@ from torch import Tensor
 from .deltas import LowRank
 from .errors import InputError
 from .headers import TensorHeader, read_header
-from .models import A_SUFFIX, B_SUFFIX, Given, Source, given_by, open_source, task_vector_deltas, without_base
+from .models import (
+    A_SUFFIX,
+    ALL,
+    APART_KEY,
+    B_SUFFIX,
+    Given,
+    Source,
+    alone,
+    given_by,
+    open_source,
+    task_vector_deltas,
+    without_base,
+)
 from .readers import read_adapter
 from .reading import GivenReader, Reader, read_tensor
 from .references import Reference
 from .sources import FORMAT_KEY, TASK_VECTOR, fingerprint, is_float
+from .ties import with_ties
 from .writing import CODES, Entries, write_file
 
 CHUNK = 2**20  # values that are in memory at a time
@@ -40,12 +54,17 @@ class TaskVector:
         terms: (w_i, name -> what model i gives).
         base: tensors of the base; empty if all models are adapters or task-vector files.
         base_name: what the base is called in a saved file.
+        tied: name of a tied tensor that has no entry of its own -> the one whose change is its change, too.
+        apart: names of tensors that change alone: an adapter on an embedding leaves the output head that is tied to it as it
+            is, while a whole model changes both.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     terms: tuple[tuple[float, Mapping[str, Given]], ...]
     base: Mapping[str, TensorHeader] = field(default_factory=dict, repr=False)
     base_name: str = ""
+    tied: Mapping[str, str] = field(default_factory=dict, repr=False)
+    apart: frozenset[str] = frozenset()
 
     __array_ufunc__ = None  # a number of numpy leaves the product to us, instead of looking for an array in here
 
@@ -70,20 +89,29 @@ class TaskVector:
         """The task vector of an opened model; tensors that are no floats are left out."""
         if base is None:
             given = _alone(source)
-            return cls({name: _shape(one) for name, one in given.items()}, ((1.0, given),))
+            shapes = {name: _shape(one) for name, one in given.items()}
+            return cls(shapes, ((1.0, given),), apart=alone(source, set(given)))
         if base.full is None:
             raise InputError(f"{base.reference} is an adapter or a task vector and no base.")
-        known = base.full.tensors
-        given, missing, extra = given_by(source, known, config=base.full.config)
+        known, aliases = with_ties(base.full.tensors, base.full.config)
+        given, missing, extra = given_by(source, known, config=base.full.config, aliases=aliases)
         given = {name: one for name, one in given.items() if is_float(known[name])}
+        tied = {alias: stored for alias, stored in aliases.items() if given.get(alias) == given.get(stored)}
+        given = {name: one for name, one in given.items() if name not in tied}
         if not given:
             raise InputError(f"{source.reference}: none of its {len(missing) + len(extra)} tensors is in {base.reference}.")
         shapes = {name: known[name].shape for name in known if name in given}
-        return cls(shapes, ((1.0, given),), known, str(base.reference))
+        tied = {alias: stored for alias, stored in tied.items() if stored in given}
+        apart = alone(source, {*aliases, *aliases.values()} & given.keys()) - set(tied.values())
+        return cls(shapes, ((1.0, given),), known, str(base.reference), tied, apart)
 
     def __add__(self, other: TaskVector) -> TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
+        pairs = {*self.tied.items(), *other.tied.items()}
+        first, second = self._with_entries(pairs, other), other._with_entries(pairs, self)
+        if (first, second) != (self, other):
+            return first + second
         shapes = dict(self.shapes)
         for name, shape in other.shapes.items():
             if shapes.setdefault(name, shape) != shape:
@@ -92,7 +120,29 @@ class TaskVector:
             raise InputError(
                 f"these task vectors have two bases, {self.base_name!r} and {other.base_name!r}: they cannot be added."
             )
-        return TaskVector(shapes, self.terms + other.terms, self.base or other.base, self.base_name or other.base_name)
+        base, name = self.base or other.base, self.base_name or other.base_name
+        return TaskVector(shapes, self.terms + other.terms, base, name, {**self.tied, **other.tied}, self.apart | other.apart)
+
+    def _with_entries(self, pairs: Iterable[tuple[str, str]], other: TaskVector) -> TaskVector:
+        """The same vector with an entry of its own for each tied name that it changes and another vector does not change so."""
+        found = {
+            alias: name
+            for pair in pairs
+            for alias, name in (pair, pair[::-1])
+            if alias not in self.shapes
+            and self.changes_tied(name)
+            and (alias in other.shapes or (name in other.shapes and not other.changes_tied(name)))
+        }
+        shapes = {**self.shapes, **{alias: self.shapes[name] for alias, name in found.items()}}
+        terms = tuple(
+            (weight, {**given, **{alias: given[name] for alias, name in found.items() if name in given}})
+            for weight, given in self.terms
+        )
+        return replace(self, shapes=shapes, terms=terms, tied={k: v for k, v in self.tied.items() if k not in found})
+
+    def changes_tied(self, name: str) -> bool:
+        """Whether a tensor's change is that of all tensors that are tied to it and have no entry."""
+        return name in self.shapes and name not in self.apart
 
     def __radd__(self, other: int) -> TaskVector:
         """0 + tau, with which `sum` begins."""
@@ -221,6 +271,8 @@ class TaskVector:
                 entries[name + A_SUFFIX] = (CODES[dtype], (rank, *shape[1:]))
                 entries[name + B_SUFFIX] = (CODES[dtype], (shape[0], rank))
         metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": self.base_name, "version": "1"}
+        if self.apart:
+            metadata[APART_KEY] = ALL if self.apart == self.shapes.keys() else json.dumps(sorted(self.apart))
         write_file(path, entries, metadata, (values.to(dtype) for name in self.shapes for values in self._written(name)))
 
     def _written(self, name: str) -> Iterator[Tensor]:

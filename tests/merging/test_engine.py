@@ -231,7 +231,7 @@ def test_tied_weights(tmp_path: Path) -> None:
     merged = read(merge(recipe(tmp_path), tmp_path / "out"))  # `a` stores the same matrix twice: fine
     assert "lm_head.weight" not in merged
     write(tmp_path / "a", models["a"])
-    with pytest.raises(InputError, match=r"its 'lm_head.weight' is not its embedding 'model.embed_tokens.weight'"):
+    with pytest.raises(InputError, match=r"its 'lm_head.weight' is not its 'model.embed_tokens.weight'"):
         merge(recipe(tmp_path), tmp_path / "out2")
     assert not list(tmp_path.glob("out2*"))
 

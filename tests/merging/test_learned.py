@@ -364,11 +364,16 @@ def test_adapters_that_are_not_whole(tmp_path: Path) -> None:
         make_plan(make_recipe(recipe(tmp_path)))
 
 
-def test_half_of_a_tied_tensor(tmp_path: Path) -> None:
-    """Composing the head alone parts it from the embedding, in whose place the file has one tensor for both."""
-    learn(tmp_path, "llama, tied", exclude_modules=["embed_tokens"])
-    with pytest.raises(InputError, match=r"composes lm_head\.weight, .* load the adapter with PEFT and call merge_and_unload"):
-        make_plan(make_recipe(recipe(tmp_path)))
+@pytest.mark.parametrize("left_out", ["embed_tokens", "lm_head"])
+def test_half_of_a_tied_tensor(left_out: str, tmp_path: Path) -> None:
+    """Composing one side alone parts it from the other, and the result has both."""
+    merged = learn(tmp_path, "llama, tied", exclude_modules=[left_out])
+    found = read(merge(recipe(tmp_path), tmp_path / "out"))
+    assert set(found) == {*read(tmp_path / "base"), "lm_head.weight"}
+    state = merged.state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, state[name], rtol=3e-7, atol=3e-7)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_coefficients_that_are_not_finite(tmp_path: Path) -> None:

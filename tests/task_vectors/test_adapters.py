@@ -233,11 +233,14 @@ def test_the_embedding_that_peft_stores_beside_its_lora_counts(tmp_path: Path) -
         TaskVector.open(parts[1])
 
 
-def test_a_lora_on_a_head_that_is_tied_is_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_a_lora_on_a_head_that_is_tied_changes_the_head_alone(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        base, adapter, *_ = adapted(MODELS["llama, tied"], peft.LoraConfig(r=2, target_modules=["lm_head"]), tmp_path)
-    with pytest.raises(InputError, match=r"adapts 'lm_head\.weight', which .* \(a head that is tied to 'model.*merge_and"):
-        TaskVector.open(adapter, base)
+        base, adapter, before, after = adapted(
+            MODELS["llama, tied"], peft.LoraConfig(r=2, target_modules=["lm_head"]), tmp_path
+        )
+    vector = TaskVector.open(adapter, base)
+    assert list(vector) == ["lm_head.weight"]
+    torch.testing.assert_close(vector["lm_head.weight"], after["lm_head.weight"] - before["lm_head.weight"])
 
 
 class Experts(nn.Module):

@@ -1,0 +1,76 @@
+"""What the class of a model says of its tensors: built from config.json without a value, never with code from the Hub."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model of transformers on the meta device.
+
+    Attributes:
+        model: the module; nothing in it has values.
+        tied: name of a parameter in memory -> the one whose values it shares (`_tied_weights_keys`, expanded).
+        embeddings: names of weights that are looked up by row.
+        layers: names of weights of layers that PEFT's LoRA has a class for.
+        scales_by_tie: `forward` itself reads `tie_word_embeddings` (T5 scales by it), so a config must go on saying True.
+    """
+
+    model: Any
+    tied: Mapping[str, str]
+    embeddings: frozenset[str]
+    layers: frozenset[str]
+    scales_by_tie: bool
+
+
+def blueprint(config: Mapping[str, Any]) -> Blueprint | None:
+    """The model that a config.json describes; None if transformers has no class for it, or the config does not fit the class.
+
+    Cost: imports transformers, and builds the model without values: one to four seconds the first time.
+    """
+    architecture = next(iter(config.get("architectures") or []), None)
+    if not isinstance(architecture, str):
+        return None
+    return _built(architecture, json.dumps(config, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)
+def _built(architecture: str, text: str) -> Blueprint | None:
+    try:
+        import torch
+        import transformers
+
+        model_class: Any = getattr(transformers, architecture)
+        config = json.loads(text)
+        with torch.device("meta"):
+            model = model_class(model_class.config_class.from_dict(config))
+        forwards = [module.forward for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
+        scales = any("tie_word_embeddings" in inspect.getsource(forward) for forward in forwards)
+        modules = {f"{name}.weight": module for name, module in model.named_modules(remove_duplicate=False)}
+        embeddings = frozenset(name for name, module in modules.items() if isinstance(module, torch.nn.Embedding))
+        layers = frozenset(name for name, module in modules.items() if _has_lora(name, module, config.get("model_type")))
+        return Blueprint(model, dict(model.all_tied_weights_keys), embeddings, layers, scales)
+    except Exception:  # an architecture of its own, a config that does not fit, another transformers
+        return None
+
+
+def _has_lora(name: str, module: Any, model_type: str | None) -> bool:
+    """Whether plain PEFT loads a LoRA on a layer and computes what its factors say."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    nn = torch.nn
+    if isinstance(module, nn.Embedding):  # one with a forward of its own takes no ids, as positions of OPT, or scales them
+        return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    if model_type in _MAMBA and name.endswith((".out_proj.weight", ".conv1d.weight")):
+        return False
+    return isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # their kernels read weights past a layer's forward
