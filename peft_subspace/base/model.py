@@ -18,6 +18,7 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..task_vectors.blueprint import reads_tie
 from .batch_norm import BatchNormLayer, wrap_batch_norms
 from .delta import Delta
 from .geometry import Geometry, quantization_backend, read_weight
@@ -248,6 +249,17 @@ class SubspaceModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         with adapter_names_passed_on(self, kwargs.pop("adapter_names", None), kwargs.get("num_beams")):
             yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT notes in the config that tied embeddings have parted. Where `forward` computes by that note, it stays as it was:
+        UMT5 would no longer scale its outputs.
+        """
+        config: Any = getattr(self.model, "config", None)
+        tied = getattr(config, "tie_word_embeddings", None)
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if tied and not config.tie_word_embeddings and reads_tie(model):
+            config.tie_word_embeddings = tied
+        return model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` applies: every layer is additive and no statistics are left behind."""

@@ -93,7 +93,7 @@ def _untie(config: dict[str, Any]) -> None:
     has with different values.
     """
     found = blueprint(config)
-    if found is not None and found.scales_by_tie:
+    if found is not None and found.computes_by_tie:
         return
     config["tie_word_embeddings"] = False
     for inner in config.values():

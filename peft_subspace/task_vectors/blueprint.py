@@ -19,14 +19,15 @@ class Blueprint:
         tied: name of a parameter in memory -> the one whose values it shares (`_tied_weights_keys`, expanded).
         embeddings: names of weights that are looked up by row.
         layers: names of weights of layers that PEFT's LoRA has a class for.
-        scales_by_tie: `forward` itself reads `tie_word_embeddings` (T5 scales by it), so a config must go on saying True.
+        computes_by_tie: more depends on `tie_word_embeddings` than what is tied (T5 scales its outputs by it), so that a
+            config must go on saying what it says.
     """
 
     model: Any
     tied: Mapping[str, str]
     embeddings: frozenset[str]
     layers: frozenset[str]
-    scales_by_tie: bool
+    computes_by_tie: bool
 
 
 def blueprint(config: Mapping[str, Any]) -> Blueprint | None:
@@ -47,17 +48,25 @@ def _built(architecture: str, text: str) -> Blueprint | None:
         import transformers
 
         model_class: Any = getattr(transformers, architecture)
-        config = json.loads(text)
+        config, config_class = json.loads(text), model_class.config_class
         with torch.device("meta"):
-            model = model_class(model_class.config_class.from_dict(config))
-        forwards = [module.forward for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
-        scales = any("tie_word_embeddings" in inspect.getsource(forward) for forward in forwards)
+            model = model_class(config_class.from_dict(json.loads(text)))
+        as_is, untied = (config_class.from_dict({**json.loads(text), **more}).to_dict() for more in ({}, {_TIE: False}))
+        computes = reads_tie(model) or any(value != untied.get(key) for key, value in as_is.items() if key != _TIE)
         modules = {f"{name}.weight": module for name, module in model.named_modules(remove_duplicate=False)}
         embeddings = frozenset(name for name, module in modules.items() if isinstance(module, torch.nn.Embedding))
         layers = frozenset(name for name, module in modules.items() if _has_lora(name, module, config.get("model_type")))
-        return Blueprint(model, dict(model.all_tied_weights_keys), embeddings, layers, scales)
+        return Blueprint(model, dict(model.all_tied_weights_keys), embeddings, layers, computes)
     except Exception:  # an architecture of its own, a config that does not fit, another transformers
         return None
+
+
+def reads_tie(model: Any) -> bool:
+    """Whether the forward of a model, or of a model in it, reads `tie_word_embeddings` from the config."""
+    from transformers import PreTrainedModel
+
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return any(_TIE in inspect.getsource(type(module).forward) for module in inner)
 
 
 def _has_lora(name: str, module: Any, model_type: str | None) -> bool:
@@ -73,4 +82,5 @@ def _has_lora(name: str, module: Any, model_type: str | None) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
+_TIE = "tie_word_embeddings"
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # their kernels read weights past a layer's forward
