@@ -15,8 +15,9 @@ from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
 from ..task_vectors.validate import OUTPUT_HEADS, made_for_another, tied_head
 from .layout import make_layout
 from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, open_mask
+from .methods.checks import turns_signs
 from .methods.registry import Method
-from .parameters import check_parameters, depths, resolve
+from .parameters import check_filters, check_parameters, depths, resolve
 from .plan import Equal, Plan, TensorPlan
 from .recipe import Recipe
 from .statistics import open_statistics
@@ -86,6 +87,7 @@ class _Planner:
         self.notes: list[str] = []
         self.equal: list[Equal] = []
         self.left_out: set[str] = set()
+        self.turned: dict[int, list[str]] = {}  # model -> tensors whose negative weight is divided by a negative sum
         self.untied = False
         self.statistics = open_statistics(recipe, method, sources, self.known)
         self.found = None if learned is None else learned_tensors(learned, method.learned_tensor, self.known, self.config)
@@ -100,6 +102,7 @@ class _Planner:
         own = open_base_tensors(self.reference)
         given = [own if source is self.reference else self._given(source) for source in self.sources]
         order = sorted((n for n in self.known if n not in self.left_out), key=lambda n: _place(self.known[n]))
+        check_filters(self.recipe, [name for name in order if is_float(self.known[name])])
         where = depths(self.known)
         tensors = [self._tensor(name, own[name], [one.get(name, Given()) for one in given], where[name]) for name in order]
         if self.found is None:
@@ -116,6 +119,7 @@ class _Planner:
         size = self.recipe.subspace.shard_size if weights == "model.safetensors" else 2**62
         layout = make_layout(((t.name, t.dtype, t.shape) for t in tensors), size, metadata, weights)
         self._compare_bases()
+        self._note_turned_signs()
         names = tuple(str(entry.model) for entry in self.recipe.merged_models)
         checks = tuple(self.equal)
         return Plan(
@@ -223,13 +227,28 @@ class _Planner:
         return [tensor for tensor in tensors if tensor.name not in found.whole] + new
 
     def _check_together(self, name: str, options: Mapping[str, Any], per_model: list[dict[str, Any]]) -> None:
+        weights = [float(given.get("weight", 1.0)) for given in per_model]
+        if turns_signs(self.method, options, weights, self.recipe.subspace.semantics):
+            for number, weight in enumerate(weights):
+                if weight < 0:
+                    self.turned.setdefault(number, []).append(name)
         if self.method.check is None:
             return
-        weights = [float(given.get("weight", 1.0)) for given in per_model]
         try:
             self.method.check(options, per_model, weights, self.recipe.subspace.semantics)
         except ValueError as error:
             raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
+
+    def _note_turned_signs(self) -> None:
+        """A negative weight takes a model away, unless it is divided by a sum of weights that is negative too."""
+        flag = next((p.name for p in self.method.parameters if p.name in ("normalize", "normalize_weights")), None)
+        way_out = f"`{flag}: false` leaves it negative." if flag else f"{self.method.name} always divides by the weights."
+        for number, names in self.turned.items():
+            self.notes.append(
+                f"{self.recipe.merged_models[number].model}: has a negative weight for {len(names)} tensors "
+                f"({shortened(names, 2)}), and the weights are divided by the sum of those that take part. Where that is "
+                f"negative too, the model is added and not taken away. {way_out}"
+            )
 
     def _new_heads(self) -> list[TensorPlan]:
         """Whole tensors of adapters that the base lacks: kept if only one adapter brings them."""

@@ -108,6 +108,33 @@ def test_ctrl_c_is_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--resume" in err
 
 
+def test_dry_run_says_what_each_value_is_used_for(command: Command) -> None:
+    table = recipe(Path(), "ties", "ab", parameters={"density": [0.2, 0.8]})
+    table["models"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}]
+    Path("filters.yaml").write_text(yaml.safe_dump(table))
+    code, out, _ = command("merge", "filters.yaml", "--dry-run")
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("Value")] == [
+        "Value    weight of a: 'mlp': 0, 1 from the first layer to the last, 6 tensors",
+        "Value    weight of a: 0.5, 9 tensors",
+        "Value    weight of b: 0.6, 15 tensors",
+        "Value    density of a: 0.2, 0.8 from the first layer to the last, 15 tensors",
+        "Value    density of b: 0.2, 0.8 from the first layer to the last, 15 tensors",
+    ]
+    table["models"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": 1.0}]
+    Path("filters.yaml").write_text(yaml.safe_dump(table))
+    for more in ([], ["--dry-run"]):
+        code, _, err = command("merge", "filters.yaml", "out", *more)
+        assert code == 2
+        assert "parameters for 'lm_head.weight': no filter" in err
+    table["models"][0]["parameters"]["weight"] = [{"filter": "mpl", "value": 1.0}, {"value": 1.0}]
+    Path("filters.yaml").write_text(yaml.safe_dump(table))
+    for more in ([], ["--dry-run"]):
+        code, _, err = command("merge", "filters.yaml", "out", *more)
+        assert (code, Path("out").exists()) == (2, False)
+        assert "models[0].parameters: weight: the filter 'mpl' is in no tensor's name; did you mean 'mlp'?" in err
+
+
 def test_dry_run(command: Command) -> None:
     code, out, _ = command("merge", "recipe.yaml", "--dry-run")
     assert code == 0
