@@ -21,7 +21,7 @@ is here and is not the method's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -229,6 +229,14 @@ def open_mask(
 
     learned = open_learned(recipe.subspace.mask, "concrete", "mask")
     return learned, learned_tensors(learned, get("concrete").learned_tensor, known, config)
+
+
+def no_heads(names: Iterable[str], base: str) -> str:
+    """What to say of a learned merge whose models have tensors beside the base, such as heads."""
+    return (
+        f"the models have {shortened(sorted(names), 3)}, which {base} does not have, and the result has the tensors of the "
+        f"base alone: to classify, it needs a head of one of them."
+    )
 
 
 # The tensors -------------------------------------------------------------------------------------------------------------

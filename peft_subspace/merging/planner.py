@@ -14,7 +14,7 @@ from ..task_vectors.models import Given, Source, extra_saved, given_by, open_sou
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
 from ..task_vectors.validate import OUTPUT_HEADS, made_for_another, tied_head
 from .layout import make_layout
-from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, open_mask
+from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, no_heads, open_mask
 from .methods.checks import turns_signs
 from .methods.registry import Method
 from .parameters import check_filters, check_parameters, depths, resolve
@@ -89,6 +89,7 @@ class _Planner:
         self.left_out: set[str] = set()
         self.turned: dict[int, list[str]] = {}  # model -> tensors whose negative weight is divided by a negative sum
         self.untied = False
+        self.heads: dict[str, None] = {}  # tensors that models of a learned merge have beside the base
         self.statistics = open_statistics(recipe, method, sources, self.known)
         self.found = None if learned is None else learned_tensors(learned, method.learned_tensor, self.known, self.config)
         opened = open_mask(recipe, self.known, self.config)
@@ -120,6 +121,7 @@ class _Planner:
         layout = make_layout(((t.name, t.dtype, t.shape) for t in tensors), size, metadata, weights)
         self._compare_bases()
         self._note_turned_signs()
+        self._note_what_cannot_be_used_alone()
         names = tuple(str(entry.model) for entry in self.recipe.merged_models)
         checks = tuple(self.equal)
         return Plan(
@@ -133,8 +135,9 @@ class _Planner:
         if embeddings == "pad_from_base" and self.base is None:
             raise RecipeError("embeddings: pad_from_base needs a base_model to take the rows from.")
         given, missing, extra = given_by(source, self.known, embeddings=embeddings, config=self.config)
-        if self.learned is not None:
-            return given  # what a vector lacks, and what it has beside the base, was left out when it was learned with too
+        if self.learned is not None:  # what a vector lacks, and what it has beside the base, was left out in learning too
+            self.heads |= {key: None for key in (*extra, *extra_saved(source, self.known)) if not tied_head(key, self.known)}
+            return given
         extra = [key for key in extra if not self._is_tied_extra(source, key)]
         if (missing or extra) and policy == "error":
             lacks = f"lacks {len(missing)} tensors of the base ({shortened(missing)})" if missing else ""
@@ -238,6 +241,18 @@ class _Planner:
             self.method.check(options, per_model, weights, self.recipe.subspace.semantics)
         except ValueError as error:
             raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
+
+    def _note_what_cannot_be_used_alone(self) -> None:
+        """A folder that transformers does not load, or an encoder without a head, as a result that is no task vector."""
+        full = self.reference.full
+        assert full is not None
+        if self.recipe.subspace.output == "model" and not (full.folder / "config.json").is_file():
+            self.notes.append(
+                f"{full.name} has no config.json, so the result has none, and transformers cannot load it by itself. Put the "
+                f"config.json of its architecture beside the weights."
+            )
+        if self.heads and self.recipe.subspace.output != "task_vector":
+            self.notes.append(no_heads(self.heads, full.name))
 
     def _note_turned_signs(self) -> None:
         """A negative weight takes a model away, unless it is divided by a sum of weights that is negative too."""

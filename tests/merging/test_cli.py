@@ -108,6 +108,16 @@ def test_ctrl_c_is_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--resume" in err
 
 
+def test_a_base_without_a_config_is_said_to_give_none(command: Command) -> None:
+    Path("base/config.json").unlink()
+    for more in (["--dry-run"], []):
+        code, _, err = command("merge", "recipe.yaml", "out", *more)
+        assert code == 0
+        assert "Warning: base has no config.json, so the result has none, and transformers cannot load it by itself." in err
+    Path("vector.yaml").write_text(yaml.safe_dump(recipe(Path(), subspace={"output": "task_vector"})))
+    assert command("merge", "vector.yaml", "vector")[2] == ""
+
+
 def test_dry_run_says_what_each_value_is_used_for(command: Command) -> None:
     table = recipe(Path(), "ties", "ab", parameters={"density": [0.2, 0.8]})
     table["models"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}]
