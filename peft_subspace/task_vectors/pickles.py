@@ -33,13 +33,22 @@ def pickles_allowed(allowed: bool, beside: Path | None = None) -> Iterator[None]
             _scratch = None
 
 
-def rewritten(folder: Path) -> Path | None:
+def are_allowed() -> bool:
+    """Whether this is within `pickles_allowed`."""
+    return _scratch is not None
+
+
+def rewritten(folder: Path, name: str = "pytorch_model.bin") -> Path | None:
     """A file of safetensors with all tensors of a folder's .bin files; None if pickles are not allowed or not there.
+
+    Args:
+        folder: of a model or an adapter.
+        name: of the file of weights, if there is one file.
 
     Raises:
         InputError: a file holds something else than tensors, or cannot be read.
     """
-    files = _pickles(folder)
+    files = _pickles(folder, name)
     if _scratch is None or not files:
         return None
     target = _scratch / f"{len(list(_scratch.iterdir()))}.safetensors"
@@ -47,12 +56,12 @@ def rewritten(folder: Path) -> Path | None:
     return target
 
 
-def _pickles(folder: Path) -> list[Path]:
-    index = folder / "pytorch_model.bin.index.json"
+def _pickles(folder: Path, name: str) -> list[Path]:
+    index = folder / f"{name}.index.json"
     if index.is_file():
         names = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
-        return sorted(folder / name for name in names if Path(name).name == name)
-    return [folder / "pytorch_model.bin"] if (folder / "pytorch_model.bin").is_file() else []
+        return sorted(folder / file for file in names if Path(file).name == file)
+    return [folder / name] if (folder / name).is_file() else []
 
 
 def _rewrite(files: list[Path], target: Path) -> None:

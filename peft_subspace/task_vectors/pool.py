@@ -240,7 +240,7 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
     own_base = given.pop("base", None) if isinstance(given, dict) else None
     try:
         source = open_source(given)
-        needed = own_base or (model.base if source.full is not None or _scales_its_base(source) else None)
+        needed = own_base or (model.base if source.full is not None or _needs_its_base(source) else None)
         if source.full is not None and needed is None:
             raise InputError(
                 f"{source.reference} is a whole model, and its base is not known. Give `base`, or save the difference first: "
@@ -268,10 +268,10 @@ def _places(parts: Sequence[Checkpoint]) -> tuple[Any, ...]:
     return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
-def _scales_its_base(source: Source) -> bool:
-    """Whether an adapter's update is made of the base's own weights (SVFit, DoRA)."""
+def _needs_its_base(source: Source) -> bool:
+    """Whether an adapter's update is made of the base's own weights (SVFit, DoRA, PiSSA), or has whole modules (a head)."""
     adapters = [read_adapter(part) for part in source.checkpoints if part.kind == "adapter"]
-    return any(delta.shape is None for adapter in adapters for delta in adapter.deltas.values())
+    return any(adapter.saved or any(d.shape is None for d in adapter.deltas.values()) for adapter in adapters)
 
 
 def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:

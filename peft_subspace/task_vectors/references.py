@@ -97,12 +97,15 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from .pickles import are_allowed
     from .remote import header_folder
 
     try:
         if (headers := header_folder(name, revision, HUB_FILES)) is not None:
             return headers
         path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        if are_allowed() and not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         asked = repr(name) if revision is None else f"{name!r} at revision {revision!r}"

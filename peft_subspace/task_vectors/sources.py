@@ -16,6 +16,12 @@ from .pickles import rewritten
 Kind = Literal["model", "adapter", "task_vector"]
 FORMAT_KEY, TASK_VECTOR = "peft_subspace", "task_vector"  # in the metadata of a task-vector file
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"  # of PEFT before 0.7
+_PICKLES = (
+    ", which can run code when they are opened. Pass --allow-pickle (in Python, open and use them within "
+    "`peft_subspace.task_vectors.pickles.pickles_allowed(True)`) to read them with torch's weights_only loader, or save them "
+    "again with safetensors."
+)
 INDEX_SUFFIX = ".safetensors.index.json"
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
@@ -74,7 +80,7 @@ def open_checkpoint(path: Path, name: str | None = None, commit: str | None = No
     if (path / ADAPTER_CONFIG).is_file():
         weights = path / ADAPTER_WEIGHTS
         if not weights.is_file():
-            raise InputError(f"{name}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. Save the adapter as safetensors.")
+            weights = _adapter_pickle(name, path)
         header = read_header(weights)
         return Checkpoint(name, path, "adapter", header.tensors, (header,), read_json(path / ADAPTER_CONFIG), {}, commit)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -96,6 +102,14 @@ def open_checkpoint(path: Path, name: str | None = None, commit: str | None = No
     raise InputError(f"{name}: {_why_nothing(path, preferred)}")
 
 
+def _adapter_pickle(name: str, path: Path) -> Path:
+    if (file := rewritten(path, ADAPTER_PICKLE)) is not None:
+        return file
+    if (path / ADAPTER_PICKLE).is_file():
+        raise InputError(f"{name}: has its weights in a pickle ({ADAPTER_PICKLE}){_PICKLES}")
+    raise InputError(f"{name}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. Save the adapter again.")
+
+
 def _index_file(path: Path, name: str) -> Path | None:
     found = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     preferred = [file for file in found if file.name == f"model{INDEX_SUFFIX}"] or found
@@ -110,11 +124,7 @@ def _why_nothing(path: Path, files: list[Path]) -> str:
             f"has {len(files)} .safetensors files but no index ({', '.join(f.name for f in files[:3])}, ...). Name one of them."
         )
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        return (
-            "has its weights in pickles (.bin, .pt), which can run code when they are opened. Pass --allow-pickle (in Python, "
-            "open and use them within `peft_subspace.task_vectors.pickles.pickles_allowed(True)`) to read them with torch's "
-            "weights_only loader, or save the model again with safetensors."
-        )
+        return f"has its weights in pickles (.bin, .pt){_PICKLES}"
     return "has no .safetensors file."
 
 

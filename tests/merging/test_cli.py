@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peft_subspace.cli.app import run
 from tests.merging.tiny import contents, read, recipe, trio, write
@@ -435,6 +435,30 @@ def test_pickles_through_the_command_line(command: Command) -> None:
     write(Path("a"), tensors)
     command("merge", "recipe.yaml", "out2", "-q")
     assert Path("out/model.safetensors").read_bytes() == Path("out2/model.safetensors").read_bytes()
+
+
+def test_adapters_in_pickles_through_the_command_line(command: Command) -> None:
+    """What PEFT before 0.7 wrote: every command that reads an adapter reads it, if it may."""
+    command("extract", "a", "lora", "--base", "base", "--rank", "4", "-q")
+    table = {"merge_method": "linear", "base_model": "base", "models": [{"model": "lora"}]}
+    Path("lora.yaml").write_text(yaml.safe_dump(table))
+    assert command("merge", "lora.yaml", "before", "-q")[0] == 0
+    torch.save(load_file("lora/adapter_model.safetensors"), "lora/adapter_model.bin")
+    Path("lora/adapter_model.safetensors").unlink()
+    calls = [
+        ("merge", "lora.yaml", "out"),
+        ("merge", "lora.yaml", "--dry-run"),
+        ("inspect", "lora"),
+        ("inspect", "lora", "--base", "base"),
+        ("extract", "base+lora", "again", "--base", "base", "--rank", "4"),
+    ]
+    for call in calls:
+        code, _, err = command(*call)
+        assert code == 3
+        assert "lora: has its weights in a pickle (adapter_model.bin), which can run code" in err
+        assert "Pass --allow-pickle" in err
+        assert command(*call, "--allow-pickle")[0] == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("before/model.safetensors").read_bytes()
 
 
 HUB = """
