@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -110,6 +111,8 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         entries = _as_recorded(config.provenance["vectors"], entries, bundled)
     if config.strict:
         check_pools_base(entries, model, looks=not config.is_from_file)
+        if not config.is_from_file:
+            _note_statistics(entries)
     for tied in first.values():  # files know a tied tensor by one of its names, and not all by the same
         for entry in entries:
             theirs = next((entry.names[name] for name in tied if name in entry.names), None)
@@ -117,6 +120,25 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     pool = Pool(entries, DTYPES[config.vector_dtype], config.placement)
     sources = {name: next((n for n in tied if pool.covers(n)), name) for tied in first.values() for name in tied}
     return OpenedPool(pool, sources, kinds)
+
+
+def _note_statistics(entries: list[Entry]) -> None:
+    """Warn of vectors that change running statistics: those of a composed model follow from its weights, not from theirs."""
+    endings = tuple(f".{name}" for name in ("running_mean", "running_var"))
+    changed = {
+        (name.rpartition(".")[0], entry.name): None
+        for entry in entries
+        for name in entry.vector
+        if name.endswith(endings) and any(bool(part.any()) for _, part in entry.vector.parts(name))
+    }
+    if changed:
+        norms, names = (sorted({pair[place] for pair in changed}) for place in (0, 1))
+        warnings.warn(
+            f"The task vectors {shortened(names)} change the running statistics of {len(norms)} BatchNorms "
+            f"({shortened(norms, 2)}). Those of a composed model are no sum of its parts: the adapter starts with the base's. "
+            f"Estimate its own from batches: peft_subspace.training.estimate_statistics(model, batches).",
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -157,8 +179,8 @@ def default_targets(opened: OpenedPool, model: nn.Module, config: Any) -> tuple[
     """Every module and bare parameter that the pool changes and the config allows: target_modules, target_parameters.
 
     Raises:
-        ValueError: with `strict`, the pool changes what cannot be composed: weights of BatchNorms with running statistics, and
-            parameters of containers that are indexed or iterated, where a holder would be one more item.
+        ValueError: with `strict`, the pool changes what cannot be composed: parameters of containers that are indexed or
+            iterated, where a holder would be one more item.
     """
     modules, parameters, left_out = set[str](), [], []
     for name, module, own, _ in base_parameters(model):
@@ -174,9 +196,8 @@ def default_targets(opened: OpenedPool, model: nn.Module, config: Any) -> tuple[
             left_out.append(name)
     if left_out and config.strict:
         raise ValueError(
-            f"The task vectors change {len(left_out)} parameters that cannot be composed: {shortened(left_out)} (weights of "
-            f"BatchNorms with running statistics, or of containers such as ParameterList and Sequential). Set strict=False to "
-            f"leave them, and running statistics, as the base has them."
+            f"The task vectors change {len(left_out)} parameters that cannot be composed: {shortened(left_out)} (of "
+            f"containers such as ParameterList and Sequential). Set strict=False to leave them as the base has them."
         )
     return modules, sorted(parameters) or None
 

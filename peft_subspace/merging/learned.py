@@ -293,7 +293,7 @@ def learned_tensors(
 def _plain(key: str, method: str) -> str:
     """The model's own name of a tensor that the file has whole; statistics of BatchNorm are under their method's name."""
     parts = key.removeprefix(PEFT_PREFIX).split(".")
-    return ".".join(part for part in parts if part != f"{method}_batch_norm")
+    return ".".join(part for part in parts if part not in (f"{method}_batch_norm", "base_layer"))
 
 
 def _matched(names: Sequence[str], known: Mapping[str, TensorHeader], config: Mapping[str, Any], owner: str) -> dict[str, str]:

@@ -160,7 +160,7 @@ def by_layer(
         if match := pattern.fullmatch(name):
             parts.setdefault((match["module"], match["weight"]), {})[match["tensor"]] = tensor
         elif match := _BATCH_NORM.fullmatch(name):
-            saved[f"{match['module']}.{match['tensor']}"] = tensor
+            saved[f"{match['module'].removesuffix('.base_layer')}.{match['tensor']}"] = tensor
         elif prefix in name:
             raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of {title}.")
         else:
