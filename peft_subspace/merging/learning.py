@@ -81,7 +81,12 @@ def learn(
             _compare_rows(recipe, folder, say)
             say(f"Learned already: {folder}.")
             return replay
-        if not overwrite or not (folder / RECORD).is_file():
+        if not (folder / RECORD).is_file():
+            raise OutputError(
+                f"{folder}: is there, and has no {RECORD}, so it is nothing that was learned, and it is not replaced. Move it "
+                f"away, or choose another name for the result."
+            )
+        if not overwrite:
             raise OutputError(f"{folder}: is there already. Choose another name for the result, or pass --overwrite.")
     elif resume and not overwrite and out.is_dir() and any(out.iterdir()):
         raise OutputError(

@@ -12,7 +12,7 @@ from ..task_vectors.errors import InputError, RecipeError, sentence
 from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader
 from ..task_vectors.models import Given, Source, extra_saved, given_by, open_source, without_base
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
-from ..task_vectors.validate import OUTPUT_HEADS, made_for_another, tied_head
+from ..task_vectors.validate import OUTPUT_HEADS, made_for_another, other_architecture, tied_head
 from .layout import make_layout
 from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, no_heads, open_mask
 from .methods.checks import turns_signs
@@ -138,6 +138,9 @@ class _Planner:
         if self.learned is not None:  # what a vector lacks, and what it has beside the base, was left out in learning too
             self.heads |= {key: None for key in (*extra, *extra_saved(source, self.known)) if not tied_head(key, self.known)}
             return given
+        shared, of, base = len(self.known) - len(missing), len(self.known), self.reference.full
+        if source.full is not None and base is not None and 2 * shared < of and (policy == "error" or not shared):
+            raise other_architecture(name, source.full.config, base.name, self.config, shared, of)
         extra = [key for key in extra if not self._is_tied_extra(source, key)]
         if (missing or extra) and policy == "error":
             lacks = f"lacks {len(missing)} tensors of the base ({shortened(missing)})" if missing else ""

@@ -67,7 +67,7 @@ def read_lora(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
         elif "lora_" in name:
             raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of a plain LoRA.")
         else:  # also the weight of an embedding below its LoRA, which PEFT stores too: it may be another than the base's
-            saved[name.replace(".base_layer.", ".")] = tensor
+            _keep_whole(saved, name, tensor)
     deltas: dict[str, Delta] = {}
     owners = tuple(f".{name.rpartition('.')[0]}" for name in _bare(checkpoint))
     for module, tensors in parts.items():
@@ -164,8 +164,23 @@ def by_layer(
         elif prefix in name:
             raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of {title}.")
         else:
-            saved[name.replace(".base_layer.", ".")] = tensor
+            _keep_whole(saved, name, tensor)
     return parts, saved
+
+
+def _keep_whole(saved: dict[str, TensorHeader], name: str, tensor: TensorHeader) -> None:
+    """Note a tensor that replaces the base's.
+
+    With `bias="all"` PEFT stores the bias of a module that is trained whole three times: once as every tensor of such a module,
+    once as that of its copy, and that of the original, which is not used.
+    """
+    if ".original_module." in name:
+        return
+    plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    if ".modules_to_save." in name:
+        saved.setdefault(plain, tensor)
+    else:
+        saved[plain] = tensor
 
 
 def read_flora(checkpoint: Checkpoint, model_type: str | None) -> Adapter:

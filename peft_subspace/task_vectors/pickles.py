@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+from .headers import refuse_pointer
 
 _scratch: Path | None = None  # where rewritten models are; None while pickles are refused
 
@@ -58,10 +59,10 @@ def rewritten(folder: Path, name: str = "pytorch_model.bin") -> Path | None:
 
 def _pickles(folder: Path, name: str) -> list[Path]:
     index = folder / f"{name}.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
-        return sorted(folder / file for file in names if Path(file).name == file)
-    return [folder / name] if (folder / name).is_file() else []
+    if (folder / name).is_file() or not index.is_file():  # the one file first, as transformers has it
+        return [folder / name] if (folder / name).is_file() else []
+    names = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+    return sorted(folder / file for file in names if Path(file).name == file)
 
 
 def _rewrite(files: list[Path], target: Path) -> None:
@@ -71,6 +72,7 @@ def _rewrite(files: list[Path], target: Path) -> None:
 
     tensors = {}
     for file in files:
+        refuse_pointer(file)
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # pickle, zip and torch each have errors of their own

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .errors import InputError
-from .headers import FLOATS, FileHeader, TensorHeader, read_header
+from .headers import FLOATS, FileHeader, TensorHeader, read_header, refuse_pointer
 from .pickles import rewritten
 
 Kind = Literal["model", "adapter", "task_vector"]
@@ -90,9 +91,12 @@ def open_checkpoint(path: Path, name: str | None = None, commit: str | None = No
             f"{name}: its weights are quantised ({method}), and packed values cannot be added. Use the unquantised model, or "
             f"dequantise it first (`model.dequantize().save_pretrained(...)`)."
         )
-    index = _index_file(path, name)
+    whole = path / "model.safetensors"
+    index = None if whole.is_file() else _index_file(path, name)
     if index is not None:
         return _sharded(name, path, index, config, commit)
+    if whole.is_file():
+        _warn_of_other_weights(name, path)
     files = sorted(path.glob("*.safetensors"))
     preferred = [file for file in files if file.name == "model.safetensors"] or files
     if len(preferred) == 1:
@@ -108,6 +112,20 @@ def _adapter_pickle(name: str, path: Path) -> Path:
     if (path / ADAPTER_PICKLE).is_file():
         raise InputError(f"{name}: has its weights in a pickle ({ADAPTER_PICKLE}){_PICKLES}")
     raise InputError(f"{name}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. Save the adapter again.")
+
+
+def _warn_of_other_weights(name: str, path: Path) -> None:
+    """A folder that was saved twice has two sets of weights, of which transformers loads the one file."""
+    index = path / f"model{INDEX_SUFFIX}"
+    if not index.is_file():
+        return
+    files = sorted(set(map(str, (read_json(index).get("weight_map") or {}).values())) - {"model.safetensors"})
+    if files:
+        warnings.warn(
+            f"{name}: has two sets of weights, model.safetensors and those of {index.name} ({shortened(files, 2)}). The first "
+            f"is read, as transformers does. Remove what is left of the other saving.",
+            stacklevel=2,
+        )
 
 
 def _index_file(path: Path, name: str) -> Path | None:
@@ -184,7 +202,10 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, or holds something else.
     """
     try:
+        refuse_pointer(path)
         value = json.loads(path.read_bytes())
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):

@@ -20,6 +20,7 @@ from .readers import read_adapter
 from .reading import GivenReader, Reader, read_tensor
 from .references import Reference
 from .sources import FORMAT_KEY, TASK_VECTOR, fingerprint, is_float
+from .validate import other_architecture
 from .writing import CODES, Entries, write_file
 
 CHUNK = 2**20  # values that are in memory at a time
@@ -76,6 +77,9 @@ class TaskVector:
         known = base.full.tensors
         given, missing, extra = given_by(source, known, config=base.full.config)
         given = {name: one for name, one in given.items() if is_float(known[name])}
+        if not given and source.full is not None:
+            names = str(source.reference), source.full.config, base.full.name, base.full.config
+            raise other_architecture(*names, 0, len(known))
         if not given:
             raise InputError(f"{source.reference}: none of its {len(missing) + len(extra)} tensors is in {base.reference}.")
         shapes = {name: known[name].shape for name in known if name in given}

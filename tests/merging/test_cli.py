@@ -73,7 +73,7 @@ def test_exit_codes(command: Command) -> None:
     Path("lost.yaml").write_text(yaml.safe_dump(recipe(Path(), models="ax")))
     code, _, err = command("merge", "lost.yaml", "out")
     assert code == 3
-    assert err.startswith("Error: 'x': there is no such folder here")
+    assert err.startswith(f"Error: 'x': there is no such folder or file in {Path.cwd()}")
     assert command("merge", "recipe.yaml", "a")[0] == 4
     assert command("merge", "recipe.yaml", "out", "-q")[0] == 0
     Path("out/config.json").write_text("{}")
