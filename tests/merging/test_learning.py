@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from peft_subspace import AtlasConfig, ConcreteConfig
+from peft_subspace import AtlasConfig, ConcreteConfig, draw_history
 from peft_subspace.cli import run
 from peft_subspace.merging import make_plan, merge, verify
 from peft_subspace.merging.learn_data import check_data
@@ -172,6 +172,9 @@ def test_the_look_with_the_highest_accuracy_is_kept(tmp_path: Path) -> None:
     entropies = [statistics.mean(look["loss"].values()) for look in looks]
     assert record(tmp_path)["result"] == looks[means.index(max(means))]
     assert entropies.index(min(entropies)) > means.index(max(means)) > 0
+    for number, history in enumerate((tmp_path / "out.learned" / "history.json", looks)):  # the file, or what is in it
+        draw_history(history, tmp_path / f"{number}.png")
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
 
 @pytest.mark.parametrize("make", [classifiers, last_token_classifiers])
