@@ -50,9 +50,7 @@ def draw_probabilities(probabilities: Mapping[str, Tensor], path: str | os.PathL
     _save(figure, path)
 
 
-def draw_history(
-    history: Sequence[Look | Mapping[str, Any]] | str | os.PathLike[str], path: str | os.PathLike[str]
-) -> None:
+def draw_history(history: Sequence[Look | Mapping[str, Any]] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Draw the loss of every task over the steps, its mean, and the metrics, phase after phase.
 
     Args:

@@ -102,7 +102,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
                 if name not in model._parameters  # the model's own, which no layer holds: not composed, so not passed over
             },
             base=config.base or config.base_model_name_or_path,
-            config=declared.to_dict() if hasattr(declared, "to_dict") else None,
+            config=declared.to_dict() | _architecture(model) if hasattr(declared, "to_dict") else None,
             strict=config.strict,
         )
     if config.provenance is None or not config.is_from_file:  # a config may be put on one model after another
@@ -120,6 +120,12 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
     pool = Pool(entries, DTYPES[config.vector_dtype], config.placement)
     sources = {name: next((n for n in tied if pool.covers(n)), name) for tied in first.values() for name in tied}
     return OpenedPool(pool, sources, kinds)
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """The class of a transformers model as a config has it, which notes it on saving alone."""
+    cls: Any = next((one for one in type(model).__mro__ if one.__module__.startswith("transformers.")), type(model))
+    return {"architectures": [cls.__name__]}
 
 
 def _note_statistics(entries: list[Entry]) -> None:

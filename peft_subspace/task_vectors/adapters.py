@@ -57,7 +57,7 @@ def read_lora(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
         )
     taken = part_taken(checkpoint.name, config.get("init_lora_weights", True))
     parts: dict[str, dict[str, TensorHeader]] = {}
-    saved = {}
+    saved: dict[str, TensorHeader] = {}
     for key, tensor in checkpoint.tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         if match := _LORA.fullmatch(name):
@@ -154,7 +154,7 @@ def by_layer(
         title: of the method, for that error.
     """
     parts: dict[tuple[str, str | None], dict[str, TensorHeader]] = {}
-    saved = {}
+    saved: dict[str, TensorHeader] = {}
     for key, tensor in checkpoint.tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         if match := pattern.fullmatch(name):

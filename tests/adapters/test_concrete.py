@@ -458,7 +458,7 @@ def test_what_is_no_history_is_said(content: str, message: str, tmp_path: Path) 
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=rf"x\.json: {message}"):
         draw_history(tmp_path / "x.json", tmp_path / "x.png")
-    with pytest.raises(ValueError, match="nothing.json: cannot be read"):
+    with pytest.raises(ValueError, match=r"nothing\.json: cannot be read"):
         draw_history(tmp_path / "nothing.json", tmp_path / "x.png")
 
 

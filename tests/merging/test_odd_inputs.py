@@ -90,17 +90,15 @@ def test_a_git_lfs_pointer_in_an_adapter(file: str, tmp_path: Path) -> None:
         TaskVector.open(tmp_path / "model", tmp_path / "base")
 
 
-def test_a_wrong_path_names_where_it_was_looked_for_and_what_is_near(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_path_names_where_it_was_looked_for_and_what_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("fine-tuned", "models/llama-math", "models/other"):
         Path(name).mkdir(parents=True)
     cases = {
-        "finetuned": f"'finetuned': there is no such folder or file in {tmp_path} (but 'fine-tuned'), and it is not in the",
-        "models/lama-math": "there is no such folder or file: models has no 'lama-math' (but 'llama-math'), and it is not in the",
+        "finetuned": f"'finetuned': there is no such folder or file in {tmp_path} (but 'fine-tuned'), and it is not in",
+        "models/lama-math": "there is no such folder or file: models has no 'lama-math' (but 'llama-math'), and it is not in",
         "model/llama-math": f"there is no such folder or file in {tmp_path} (but 'models'), and it is not in the Hub's cache",
-        f"{tmp_path}/models/othr/x": f"file: {tmp_path}/models has no 'othr' (but 'other'), and it is not a Hub id (owner/name).",
+        f"{tmp_path}/models/othr/x": f"file: {tmp_path}/models has no 'othr' (but 'other'), and it is not a Hub id",
         "zzz": f"there is no such folder or file in {tmp_path}, and it is not in the Hub's cache",
     }
     for name, expected in cases.items():
