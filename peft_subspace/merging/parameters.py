@@ -18,6 +18,7 @@ from typing import Any
 
 from ..task_vectors.errors import RecipeError, sentence
 from ..task_vectors.sources import shortened
+from ..task_vectors.validate import OUTPUT_HEADS
 from .methods.registry import Method, Parameter
 from .recipe import Condition, Recipe
 
@@ -170,6 +171,11 @@ def _why_none(text: str, names: Collection[str]) -> str:
         return (
             f"the filter {text!r} is in the names of {len(taken)} tensors, and filters before it count for all of them, so it "
             f"has no effect. Move it further up, or leave it out."
+        )
+    if any(text in head for head in OUTPUT_HEADS):
+        return (
+            f"the filter {text!r} is in no tensor's name: the base's file has no head of its own. One that is tied to the "
+            f"embedding takes the embedding's value; leave the filter out."
         )
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
     near = difflib.get_close_matches(text, parts, n=1)

@@ -112,7 +112,8 @@ def _not_there(error: Exception) -> str:
 def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder or file of a model: as it is if it is there, else downloaded from the Hub into its cache.
 
-    Within `remote.headers_only` the headers of its weights are all that is fetched of them.
+    Within `remote.headers_only` the headers of its weights are all that is fetched of them, but of pickles, which have none:
+    they are downloaded where they are allowed and there is nothing else.
 
     Returns:
         The path, and the Hub's commit, None for a local one.
@@ -133,7 +134,8 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     from .remote import header_folder
 
     try:
-        if (headers := header_folder(name, revision, HUB_FILES)) is not None:
+        headers = header_folder(name, revision, HUB_FILES)
+        if headers is not None and not (are_allowed() and not any(headers[0].glob("*.safetensors"))):
             return headers
         path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
         if are_allowed() and not any(path.glob("*.safetensors")):

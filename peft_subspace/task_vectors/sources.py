@@ -81,7 +81,7 @@ def open_checkpoint(path: Path, name: str | None = None, commit: str | None = No
     if (path / ADAPTER_CONFIG).is_file():
         weights = path / ADAPTER_WEIGHTS
         if not weights.is_file():
-            weights = _adapter_pickle(name, path)
+            weights = _adapter_pickle(name, path, commit is not None)
         header = read_header(weights)
         return Checkpoint(name, path, "adapter", header.tensors, (header,), read_json(path / ADAPTER_CONFIG), {}, commit)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -103,15 +103,16 @@ def open_checkpoint(path: Path, name: str | None = None, commit: str | None = No
         return _of_files(name, path, preferred, config, commit)
     if not preferred and (pickle := rewritten(path)) is not None:
         return _of_files(name, path, [pickle], config, commit)
-    raise InputError(f"{name}: {_why_nothing(path, preferred)}")
+    raise InputError(f"{name}: {_why_nothing(path, preferred, commit is not None)}")
 
 
-def _adapter_pickle(name: str, path: Path) -> Path:
+def _adapter_pickle(name: str, path: Path, from_hub: bool) -> Path:
     if (file := rewritten(path, ADAPTER_PICKLE)) is not None:
         return file
     if (path / ADAPTER_PICKLE).is_file():
         raise InputError(f"{name}: has its weights in a pickle ({ADAPTER_PICKLE}){_PICKLES}")
-    raise InputError(f"{name}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. Save the adapter again.")
+    hint = " If it has a pickle, pass --allow-pickle to download and read it." if from_hub else " Save the adapter again."
+    raise InputError(f"{name}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}.{hint}")
 
 
 def _warn_of_other_weights(name: str, path: Path) -> None:
@@ -136,13 +137,15 @@ def _index_file(path: Path, name: str) -> Path | None:
     return preferred[0] if preferred else None
 
 
-def _why_nothing(path: Path, files: list[Path]) -> str:
+def _why_nothing(path: Path, files: list[Path], from_hub: bool) -> str:
     if files:
         return (
             f"has {len(files)} .safetensors files but no index ({', '.join(f.name for f in files[:3])}, ...). Name one of them."
         )
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
         return f"has its weights in pickles (.bin, .pt){_PICKLES}"
+    if from_hub:  # other files were not downloaded
+        return "has no .safetensors file. If it has pickles (.bin), pass --allow-pickle to download and read them."
     return "has no .safetensors file."
 
 

@@ -502,6 +502,23 @@ names = {path.name for path in Path(down).iterdir()}
 ours = {"README.md", "config.json", "merge_manifest.json", "merge_recipe.yaml", "model.safetensors"}
 assert names == {".gitattributes", *ours}, names
 assert "base_model:\\n- \\"user/base\\"\\n- \\"user/a\\"" in (Path(down) / "README.md").read_text()
+import torch
+(folder / "pickled").mkdir()
+(folder / "pickled/config.json").write_text((folder / "a/config.json").read_text())
+torch.save(models["a"], folder / "pickled/pytorch_model.bin")
+(folder / "adapter").mkdir()
+(folder / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+torch.save({f"{key}A.weight": torch.ones(2, 16), f"{key}B.weight": torch.ones(16, 2)}, folder / "adapter/adapter_model.bin")
+for name in ("pickled", "adapter"):
+    api.create_repo(f"user/{name}")
+    api.upload_folder(repo_id=f"user/{name}", folder_path=folder / name)
+    table["models"] = [{"model": f"user/{name}"}]
+    (folder / "recipe.json").write_text(json.dumps(table))
+    for more in (["--dry-run"], []):
+        assert run(["merge", str(folder / "recipe.json"), str(folder / f"out {name}"), *more]) == 3
+    for more in (["--dry-run"], []):
+        assert run(["merge", str(folder / "recipe.json"), str(folder / f"out {name}"), "--allow-pickle", *more]) == 0
 table["models"] = [{"model": "user/nothing"}]
 (folder / "recipe.json").write_text(json.dumps(table))
 assert run(["merge", str(folder / "recipe.json"), str(folder / "no")]) == 3

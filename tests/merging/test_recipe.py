@@ -187,6 +187,7 @@ FILTERS: dict[str, tuple[list[Any], str | None]] = {
     "of all kinds": ([{"filter": "mlp", "value": 1}, {"filter": "*", "value": 1}], None),
     "a typo": ([{"filter": "self_atn", "value": 1}], "filter 'self_atn' is in no tensor's name; did you mean 'self_attn'?"),
     "of another model": ([{"filter": "experts", "value": 1}], "in no tensor's name; parts of their names are embed_tokens,"),
+    "of a tied head": ([{"filter": "lm_head", "value": 1}], "the base's file has no head of its own. One that is tied"),
     "behind a wider one": (
         [{"filter": "mlp", "value": 1}, {"filter": "mlp.up", "value": 2}],
         "the filter 'mlp.up' is in the names of 5 tensors, and filters before it count for all of them",
