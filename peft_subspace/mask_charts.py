@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,13 +50,18 @@ def draw_probabilities(probabilities: Mapping[str, Tensor], path: str | os.PathL
     _save(figure, path)
 
 
-def draw_history(history: Sequence[Look], path: str | os.PathLike[str]) -> None:
+def draw_history(history: Sequence[Look | Mapping[str, Any]] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Draw the loss of every task over the steps, its mean, and the metrics, phase after phase.
 
     Args:
-        history: of `MergeTrainer.train`.
+        history: of `MergeTrainer.train`; or the history.json that it, and a merge that learns, write: its path, or what
+            `json.load` makes of it.
         path: of the picture.
+
+    Raises:
+        ValueError: no looks, or a file that is no history.
     """
+    history = _looks(history)
     metrics = sorted({name for look in history for name in look.metrics})
     figure = _figure(7.0, 3.5 if not metrics else 6.0)
     top, *rest = figure.subplots(1 + bool(metrics), 1, squeeze=False)[:, 0]
@@ -77,6 +84,25 @@ def draw_history(history: Sequence[Look], path: str | os.PathLike[str]) -> None:
         rest[0].legend(fontsize=7)
     (rest[0] if rest else top).set_xlabel("step (a line: the mask is frozen, the coefficients follow)")
     _save(figure, path)
+
+
+def _looks(history: Any) -> list[Look]:
+    from .training.merge_trainer import Look
+
+    where = "history"
+    if isinstance(history, (str, os.PathLike)):
+        where = os.fspath(history)
+        try:
+            history = json.loads(Path(history).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: cannot be read as a history.json of MergeTrainer: {error}.") from error
+    try:
+        found = [look if isinstance(look, Look) else Look(**look) for look in history]
+    except TypeError as error:
+        raise ValueError(f"{where}: is no history of MergeTrainer, a list of looks: {error}.") from error
+    if not found:
+        raise ValueError(f"{where}: has no looks to draw.")
+    return found
 
 
 def _figure(width: float, height: float) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -101,7 +102,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
                 if name not in model._parameters  # the model's own, which no layer holds: not composed, so not passed over
             },
             base=config.base or config.base_model_name_or_path,
-            config=declared.to_dict() if hasattr(declared, "to_dict") else None,
+            config=declared.to_dict() | _architecture(model) if hasattr(declared, "to_dict") else None,
             strict=config.strict,
         )
     if config.provenance is None or not config.is_from_file:  # a config may be put on one model after another
@@ -110,6 +111,8 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         entries = _as_recorded(config.provenance["vectors"], entries, bundled)
     if config.strict:
         check_pools_base(entries, model, looks=not config.is_from_file)
+        if not config.is_from_file:
+            _note_statistics(entries)
     for tied in first.values():
         for entry in entries:
             _add_tied(entry, tied)
@@ -136,6 +139,31 @@ def _sources(pool: Pool, tied: list[str]) -> dict[str, str]:
     for name in sorted(tied, key=pool.covers, reverse=True):
         found[name] = same.setdefault(tuple(entry.names.get(name) for entry in pool.entries), name)
     return found
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """The class of a transformers model as a config has it, which notes it on saving alone."""
+    cls: Any = next((one for one in type(model).__mro__ if one.__module__.startswith("transformers.")), type(model))
+    return {"architectures": [cls.__name__]}
+
+
+def _note_statistics(entries: list[Entry]) -> None:
+    """Warn of vectors that change running statistics: those of a composed model follow from its weights, not from theirs."""
+    endings = tuple(f".{name}" for name in ("running_mean", "running_var"))
+    changed = {
+        (name.rpartition(".")[0], entry.name): None
+        for entry in entries
+        for name in entry.vector
+        if name.endswith(endings) and any(bool(part.any()) for _, part in entry.vector.parts(name))
+    }
+    if changed:
+        norms, names = (sorted({pair[place] for pair in changed}) for place in (0, 1))
+        warnings.warn(
+            f"The task vectors {shortened(names)} change the running statistics of {len(norms)} BatchNorms "
+            f"({shortened(norms, 2)}). Those of a composed model are no sum of its parts: the adapter starts with the base's. "
+            f"Estimate its own from batches: peft_subspace.training.estimate_statistics(model, batches).",
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -176,8 +204,8 @@ def default_targets(opened: OpenedPool, model: nn.Module, config: Any) -> tuple[
     """Every module and bare parameter that the pool changes and the config allows: target_modules, target_parameters.
 
     Raises:
-        ValueError: with `strict`, the pool changes what cannot be composed: weights of BatchNorms with running statistics, and
-            parameters of containers that are indexed or iterated, where a holder would be one more item.
+        ValueError: with `strict`, the pool changes what cannot be composed: parameters of containers that are indexed or
+            iterated, where a holder would be one more item.
     """
     modules, parameters, left_out = set[str](), [], []
     for name, module, own, _ in base_parameters(model):
@@ -193,9 +221,8 @@ def default_targets(opened: OpenedPool, model: nn.Module, config: Any) -> tuple[
             left_out.append(name)
     if left_out and config.strict:
         raise ValueError(
-            f"The task vectors change {len(left_out)} parameters that cannot be composed: {shortened(left_out)} (weights of "
-            f"BatchNorms with running statistics, or of containers such as ParameterList and Sequential). Set strict=False to "
-            f"leave them, and running statistics, as the base has them."
+            f"The task vectors change {len(left_out)} parameters that cannot be composed: {shortened(left_out)} (of "
+            f"containers such as ParameterList and Sequential). Set strict=False to leave them as the base has them."
         )
     return modules, sorted(parameters) or None
 

@@ -63,7 +63,11 @@ def check_pools_base(entries: list[Entry], model: nn.Module, looks: bool) -> Non
     """
     parameters = _comparable(model)
     for entry in entries:
-        names = [name for name in entry.names if name in parameters and not parameters[name].is_meta and entry.vector.base]
+        names = [
+            name
+            for name, own in entry.names.items()
+            if name in parameters and not parameters[name].is_meta and own in entry.vector.base
+        ]
         for name in names[:: max(1, -(-len(names) // SAMPLES))]:
             header, (value, dtype) = entry.vector.base[entry.names[name]], _sample(parameters[name])
             kept, own = value_of(header)

@@ -126,14 +126,22 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         return f"{self.method}.{type(self.base_layer).__name__}"
 
 
+def _is_wrapped(names: dict[str, nn.Module], name: str) -> bool:
+    return isinstance(names.get(name.rpartition(".")[0]), BatchNormLayer)
+
+
 def wrap_batch_norms(model: nn.Module, prefix: str, adapter_name: str) -> list[BatchNormLayer]:
-    """Give every BatchNorm with running statistics a copy of them for this adapter. Names of modules do not change."""
+    """Give every BatchNorm with running statistics a copy of them for this adapter. Names of modules do not change.
+
+    One whose weights are adapted, too, is wrapped inside of the layer that adapts them.
+    """
     names = dict(model.named_modules())
+    adapted = {f"{name}.base_layer" for name, module in names.items() if isinstance(module, BaseTunerLayer)}
     closed = tuple(f"{n}." for n, m in names.items() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
     layers = [module for module in names.values() if isinstance(module, BatchNormLayer)]
     for name, module in names.items():
         tracked = isinstance(module, _NormBase) and module.running_mean is not None
-        if not tracked or not name or name.startswith(closed):
+        if not tracked or not name or (name.startswith(closed) and name not in adapted) or _is_wrapped(names, name):
             continue
         layer = BatchNormLayer(module, prefix)
         layer.train(module.training)

@@ -184,10 +184,9 @@ def describe_all(module: nn.Module) -> dict[str, Geometry]:
 
     Returns:
         parameter name (dotted below the module) -> geometry; empty for a module with children (its own parameters are
-        `target_parameters`), and for a BatchNorm with running statistics, which belong to an adapter in another way.
+        `target_parameters`).
     """
-    attention = isinstance(module, nn.MultiheadAttention)
-    if not attention and (any(True for _ in module.children()) or getattr(module, "running_mean", None) is not None):
+    if not isinstance(module, nn.MultiheadAttention) and any(True for _ in module.children()):
         return {}
     found = describe(module)
     for name, parameter in module.named_parameters():

@@ -261,6 +261,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
             picked = _pick_rows((x, *args), rows, batch), _pick_rows(kwargs, rows, batch)
+            if isinstance(self.base_layer, BaseTunerLayer):  # statistics of a BatchNorm
+                picked[1]["adapter_names"] = [name] * len(rows)
             part = self._adapted_forward(self._here([name]), *picked[0], **picked[1])
             out = part.new_empty(batch, *part.shape[1:]) if out is None else out
             out[rows] = part

@@ -71,4 +71,4 @@ def _refuse_held(layers: list[Any]) -> None:
 
 
 def _add_argument(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
-    return args, {**kwargs, "adapter_names": adapter_names}
+    return args, {"adapter_names": adapter_names, **kwargs}  # a layer inside of another one was told by that

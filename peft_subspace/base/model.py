@@ -165,6 +165,10 @@ class SubspaceModel(BaseTuner):
         if isinstance(child, Holder):
             child.take_off()
             return
+        inner: Any = getattr(child, "base_layer", None)
+        merged: Any = getattr(child, "merged_adapters", None)
+        if isinstance(inner, BatchNormLayer) and merged and not inner.merged_adapters:  # PEFT merges the outer layer
+            inner.merge(adapter_names=merged)
         setattr(parent, child_name, new_module)  # deltas move to their layer's device by themselves
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:

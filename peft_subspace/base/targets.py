@@ -167,12 +167,12 @@ def find_targets(
         geometries = describe_all(module) if every_parameter else describe(module)
         if not geometries:
             supported = (
-                "modules without children that have parameters of their own, except BatchNorm with running statistics,"
+                "modules without children that have parameters of their own"
                 if every_parameter
                 else "linear layers (quantised and Conv1D too), convolutions, embeddings"
             )
             raise ValueError(
-                f"Target module {name!r} ({type(module).__name__}) is not supported. Supported are {supported} and "
+                f"Target module {name!r} ({type(module).__name__}) is not supported. Supported are {supported}, and "
                 f"MultiheadAttention; a bare parameter of any module can be adapted with target_parameters. Leave the layer "
                 f"out with exclude_modules."
             )

@@ -18,7 +18,7 @@ from . import console
 
 def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool, *, source: Path, overwrite: bool) -> None:
     """Print what would be learned, and what would become of `out`. Needs no torch, but to look for a device."""
-    from ..merging.early import check_before_learning, check_tasks
+    from ..merging.early import check_before_learning, check_tasks, heads_left_out
     from ..merging.learn_options import lines
     from ..merging.parameters import check_parameters
 
@@ -27,6 +27,8 @@ def describe_learning(recipe: Recipe, out: Path | None, device: str, quiet: bool
     assert recipe.subspace.learn is not None
     check_before_learning(recipe, out, device)
     check_tasks(recipe)
+    if text := heads_left_out(recipe):
+        console.warn(text)
     vectors = vectors_of(recipe)
     texts = lines(recipe.subspace.learn, recipe.merge_method, vectors)
     console.say(f"Method   {recipe.merge_method} ({recipe.method.reference}), learned first", quiet)

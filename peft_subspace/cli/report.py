@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..merging.parameters import uses
 from ..merging.plan import Plan
 from .console import duration, say, size
 
@@ -17,6 +18,10 @@ def describe(plan: Plan, threads: int) -> None:
         say(f"Base     {recipe.base_model}")
     for name in plan.names:
         say(f"Model    {name}")
+    merged = [tensor.name for tensor in plan.tensors if tensor.options or tensor.per_model]
+    for use in uses(recipe, plan.method, merged):
+        whose = "" if use.model is None else f" of {use.model}"
+        say(f"Value    {use.parameter}{whose}: {use.text}, {use.tensors} tensors")
     if plan.learned is not None:
         say(f"Learned  {recipe.subspace.learned}")
     if plan.mask is not None:

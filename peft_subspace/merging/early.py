@@ -11,10 +11,11 @@ from ..task_vectors.models import Source, open_source, without_base
 from ..task_vectors.places import keep_inputs, real_place
 from ..task_vectors.readers import read_adapter
 from ..task_vectors.sources import Checkpoint
-from ..task_vectors.validate import match_names
+from ..task_vectors.validate import is_buffer, match_names, tied_head
 from .adapter_ways import check_learned_way, check_way
 from .learn_data import check_data
 from .learn_options import TaskOptions, data_place, vector_names
+from .learned import no_heads
 from .outputs import tokenizer_files
 from .plan import Plan
 from .recipe import Recipe
@@ -152,13 +153,27 @@ def check_tasks(recipe: Recipe) -> None:
             )
 
 
-def _beside(encoder: Checkpoint, source: Source) -> bool:
-    """Whether a model brings tensors that an encoder does not have."""
+def _beside(encoder: Checkpoint, source: Source) -> list[str]:
+    """Tensors of a model that an encoder does not have."""
+    found = []
     for part in source.checkpoints:
         tensors = read_adapter(part).saved if part.kind == "adapter" else part.tensors if part.kind == "model" else {}
-        if len(match_names(tensors, encoder.tensors, part.name)) < len(tensors):
-            return True
-    return False
+        names = match_names(tensors, encoder.tensors, part.name)
+        found += [name for name in tensors if name not in names and not is_buffer(name)]
+    return found
+
+
+def heads_left_out(recipe: Recipe) -> str | None:
+    """What to say of heads that a result of learning will not have, before it is learned; None if it lacks none."""
+    options = recipe.subspace.learn
+    assert options is not None
+    assert recipe.base_model is not None
+    encoder = open_source(recipe.base_model).full
+    if encoder is None or recipe.subspace.output == "task_vector" or all(task.answers for task in options.tasks):
+        return None
+    beside = [name for entry in recipe.merged_models for name in _beside(encoder, open_source(entry.model))]
+    beside = [name for name in beside if not tied_head(name, encoder.tensors)]
+    return no_heads(set(beside), encoder.name) if beside else None
 
 
 def no_head(task: TaskOptions, base: str, names: Iterable[str]) -> RecipeError:

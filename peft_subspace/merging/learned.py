@@ -21,8 +21,8 @@ is here and is not the method's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..task_vectors.bundles import check_bundle, file_of, lost_files
@@ -32,7 +32,7 @@ from ..task_vectors.models import Source, open_source
 from ..task_vectors.provenance import digest, identity, record_of, same_value, value_of
 from ..task_vectors.references import Reference, locate
 from ..task_vectors.remote import has_values
-from ..task_vectors.renaming import names_in_memory
+from ..task_vectors.renaming import names_in_memory, pieces_in_memory
 from ..task_vectors.sources import Checkpoint, open_checkpoint, shortened
 from ..task_vectors.validate import match_names
 
@@ -231,6 +231,14 @@ def open_mask(
     return learned, learned_tensors(learned, get("concrete").learned_tensor, known, config)
 
 
+def no_heads(names: Iterable[str], base: str) -> str:
+    """What to say of a learned merge whose models have tensors beside the base, such as heads."""
+    return (
+        f"the models have {shortened(sorted(names), 3)}, which {base} does not have, and the result has the tensors of the "
+        f"base alone: to classify, it needs a head of one of them."
+    )
+
+
 # The tensors -------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +281,8 @@ def learned_tensors(
     names = _matched([*blocks, *whole], known, config, learned.checkpoint.name)
     there = {entry.get("tied", name) for name, entry in blocks.items() if name in names}
     lost = [name for name, entry in blocks.items() if entry.get("tied", name) not in there]
+    pieces = _pieces(learned, lost, make, known, config) if lost else {}
+    lost = [name for name in lost if name not in pieces]
     if lost:
         raise InputError(
             f"{learned.checkpoint.name}: composes {shortened(lost)}, which the base's file does not have. It was learned on "
@@ -284,14 +294,41 @@ def learned_tensors(
         for name, entry in blocks.items()
         if name in names
     }
+    found |= {piece: tensor for tensors in pieces.values() for piece, tensor in tensors.items()}
     leaders = {names[name]: str(entry.get("tied", name)) for name, entry in blocks.items() if name in names}
     return LearnedTensors(found, {names.get(name, name): header for name, header in whole.items()}, leaders)
+
+
+def _pieces(
+    learned: Learned, names: Sequence[str], make: Any, known: Mapping[str, TensorHeader], config: Mapping[str, Any]
+) -> dict[str, dict[str, LearnedTensor]]:
+    """Parameter that the base's file has in pieces (a stack of experts) -> piece -> what was learned for all of it.
+
+    Raises:
+        InputError: something else than one number for each vector was learned, which is no number for each piece.
+    """
+    layouts = pieces_in_memory({name: header.shape for name, header in known.items()}, config)
+    found = {}
+    for name in names:
+        if name not in layouts:
+            continue
+        pieces, entry = layouts[name], {"parameter": name, **learned.blocks[name]}
+        columns = known[pieces[0]].shape[-1]
+        whole = replace(known[pieces[0]], shape=(sum(known[piece].count for piece in pieces) // columns, columns))
+        if not make(learned, entry, whole).is_sum:
+            raise InputError(
+                f"{learned.checkpoint.name}: composes {name!r}, which the base's file has in {len(pieces)} pieces "
+                f"({shortened(pieces, 2)}), and has more than one number for each vector there. Load the adapter with PEFT and "
+                f"call merge_and_unload."
+            )
+        found[name] = {piece: make(learned, entry, known[piece]) for piece in pieces}
+    return found
 
 
 def _plain(key: str, method: str) -> str:
     """The model's own name of a tensor that the file has whole; statistics of BatchNorm are under their method's name."""
     parts = key.removeprefix(PEFT_PREFIX).split(".")
-    return ".".join(part for part in parts if part != f"{method}_batch_norm")
+    return ".".join(part for part in parts if part not in (f"{method}_batch_norm", "base_layer"))
 
 
 def _matched(names: Sequence[str], known: Mapping[str, TensorHeader], config: Mapping[str, Any], owner: str) -> dict[str, str]:

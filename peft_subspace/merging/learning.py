@@ -9,7 +9,8 @@ the recipe that is returned, which can be merged again without the data.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -215,6 +216,27 @@ def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, dev
         metrics |= {f"{name} at the start": first.metrics[name], name: value}
     built.model.peft_config["default"].metrics = metrics
     built.model.save_pretrained(folder)
+    singles = _compare_with_singles(built, first, kept)
     versions = {"peft_subspace": __version__, **{name: version(name) for name in ("torch", "transformers", "datasets")}}
-    found = {**record, "start": asdict(first), "result": asdict(kept), "versions": versions}
+    found = {**record, "start": asdict(first), "result": asdict(kept), **singles, "versions": versions}
     _write_learning(folder, found)
+
+
+def _compare_with_singles(built: Any, first: Any, kept: Any) -> dict[str, Any]:
+    """Warn where learning has not raised the accuracy (from below 1), with that of every model alone; for the record."""
+    if sum(kept.metrics.values()) > sum(first.metrics.values()) or all(value == 1 for value in kept.metrics.values()):
+        return {}
+    singles = built.single_accuracies()
+    before, after = (sum(look.metrics.values()) / len(look.metrics) for look in (first, kept))
+    alone = "; ".join(f"{name}: {_numbers(metrics)}" for name, metrics in singles.items())
+    warnings.warn(
+        f"learning has not raised the accuracy on held-out rows: a mean of {before:.4f} at the start, {after:.4f} in the end "
+        f"({_numbers(kept.metrics)}). The models alone: {alone}. More steps, another rate, `loss` or `init` may help; if not, "
+        f"merge without `learn`.",
+        stacklevel=2,
+    )
+    return {"singles": singles}
+
+
+def _numbers(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -12,7 +12,7 @@ from typing import Any
 from .._version import __version__
 from ..task_vectors.blueprint import blueprint
 from ..task_vectors.errors import InputError, RecipeError
-from ..task_vectors.headers import FLOAT_DTYPES
+from ..task_vectors.headers import FLOAT_DTYPES, refuse_pointer
 from ..task_vectors.models import Source
 from ..task_vectors.references import HUB_ID, Reference, locate
 from ..task_vectors.sources import read_json
@@ -63,6 +63,7 @@ def write_side_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _small(path: Path) -> bytes:
+    refuse_pointer(path)
     if path.stat().st_size > MAX_SMALL_FILE:
         raise InputError(f"{path}: has {path.stat().st_size:,} bytes, too many for such a file.")
     return path.read_bytes()

@@ -12,11 +12,12 @@ from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader
 from ..task_vectors.models import APART_KEY, Given, Source, extra_saved, given_by, open_source, without_base
 from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
 from ..task_vectors.ties import with_ties
-from ..task_vectors.validate import made_for_another, tied_head
+from ..task_vectors.validate import made_for_another, other_architecture, tied_head
 from .layout import make_layout
-from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, open_mask
+from .learned import Learned, LearnedTensor, LearnedTensors, completed, learned_tensors, no_heads, open_mask
+from .methods.checks import turns_signs
 from .methods.registry import Method
-from .parameters import check_parameters, depths, resolve
+from .parameters import check_filters, check_parameters, depths, resolve
 from .plan import Equal, Plan, TensorPlan
 from .recipe import Recipe
 from .statistics import open_statistics
@@ -87,7 +88,9 @@ class _Planner:
         self.notes: list[str] = []
         self.equal: list[Equal] = []
         self.left_out: set[str] = set()
+        self.turned: dict[int, list[str]] = {}  # model -> tensors whose negative weight is divided by a negative sum
         self.untied = False
+        self.heads: dict[str, None] = {}  # tensors that models of a learned merge have beside the base
         self.statistics = open_statistics(recipe, method, sources, self.known)
         self.found = None if learned is None else learned_tensors(learned, method.learned_tensor, self.known, self.config)
         opened = open_mask(recipe, self.known, self.config)
@@ -102,6 +105,7 @@ class _Planner:
         own = open_base_tensors(self.reference)
         given = [own if source is self.reference else self._given(source) for source in self.sources]
         order = sorted((n for n in self.known if n not in self.left_out), key=lambda n: _place(self.known[n]))
+        check_filters(self.recipe, [name for name in order if is_float(self.known[name])])
         where = depths(self.stored)
         aliases = self._parted(given)
         tensors = []
@@ -126,6 +130,8 @@ class _Planner:
         size = self.recipe.subspace.shard_size if weights == "model.safetensors" else 2**62
         layout = make_layout(((t.name, t.dtype, t.shape) for t in tensors), size, metadata, weights)
         self._compare_bases()
+        self._note_turned_signs()
+        self._note_what_cannot_be_used_alone()
         names = tuple(str(entry.model) for entry in self.recipe.merged_models)
         checks = tuple(self.equal)
         return Plan(
@@ -139,8 +145,12 @@ class _Planner:
         if embeddings == "pad_from_base" and self.base is None:
             raise RecipeError("embeddings: pad_from_base needs a base_model to take the rows from.")
         given, missing, extra = given_by(source, self.known, embeddings=embeddings, config=self.config, aliases=self.aliases)
-        if self.learned is not None:
-            return given  # what a vector lacks, and what it has beside the base, was left out when it was learned with too
+        if self.learned is not None:  # what a vector lacks, and what it has beside the base, was left out in learning too
+            self.heads |= {key: None for key in (*extra, *extra_saved(source, self.known)) if not tied_head(key, self.known)}
+            return given
+        shared, of, base = len(self.stored) - len(missing), len(self.stored), self.reference.full
+        if source.full is not None and base is not None and 2 * shared < of and (policy == "error" or not shared):
+            raise other_architecture(name, source.full.config, base.name, self.config, shared, of)
         if (missing or extra) and policy == "error":
             lacks = f"lacks {len(missing)} tensors of the base ({shortened(missing)})" if missing else ""
             more = f"has {len(extra)} that the base lacks ({shortened(extra)})" if extra else ""
@@ -216,13 +226,40 @@ class _Planner:
         return [tensor for tensor in tensors if tensor.name not in found.whole] + new
 
     def _check_together(self, name: str, options: Mapping[str, Any], per_model: list[dict[str, Any]]) -> None:
+        weights = [float(given.get("weight", 1.0)) for given in per_model]
+        if turns_signs(self.method, options, weights, self.recipe.subspace.semantics):
+            for number, weight in enumerate(weights):
+                if weight < 0:
+                    self.turned.setdefault(number, []).append(name)
         if self.method.check is None:
             return
-        weights = [float(given.get("weight", 1.0)) for given in per_model]
         try:
             self.method.check(options, per_model, weights, self.recipe.subspace.semantics)
         except ValueError as error:
             raise RecipeError(f"parameters for {name!r}: {sentence(error)}") from error
+
+    def _note_what_cannot_be_used_alone(self) -> None:
+        """A folder that transformers does not load, or an encoder without a head, as a result that is no task vector."""
+        full = self.reference.full
+        assert full is not None
+        if self.recipe.subspace.output == "model" and not (full.folder / "config.json").is_file():
+            self.notes.append(
+                f"{full.name} has no config.json, so the result has none, and transformers cannot load it by itself. Put the "
+                f"config.json of its architecture beside the weights."
+            )
+        if self.heads and self.recipe.subspace.output != "task_vector":
+            self.notes.append(no_heads(self.heads, full.name))
+
+    def _note_turned_signs(self) -> None:
+        """A negative weight takes a model away, unless it is divided by a sum of weights that is negative too."""
+        flag = next((p.name for p in self.method.parameters if p.name in ("normalize", "normalize_weights")), None)
+        way_out = f"`{flag}: false` leaves it negative." if flag else f"{self.method.name} always divides by the weights."
+        for number, names in self.turned.items():
+            self.notes.append(
+                f"{self.recipe.merged_models[number].model}: has a negative weight for {len(names)} tensors "
+                f"({shortened(names, 2)}), and the weights are divided by the sum of those that take part. Where that is "
+                f"negative too, the model is added and not taken away. {way_out}"
+            )
 
     def _new_heads(self) -> list[TensorPlan]:
         """Whole tensors of adapters that the base lacks: kept if only one adapter brings them."""

@@ -27,6 +27,7 @@ from .learn_options import LearnOptions, TaskOptions, check_learning
 from .methods import registry
 from .strict import Strict
 
+HELPER = "x-"  # begins a key at the top that holds anchors for the rest, as in Docker's compose files
 MAX_RECIPE = 2**20  # bytes; a recipe is a page of text
 _UNSUPPORTED = {
     "slices": "layers cannot be stacked anew: list whole models under `models`",
@@ -255,16 +256,35 @@ class Recipe(Strict):
 class _Loader(yaml.SafeLoader):
     """YAML where a key that stands twice is an error, and 1e-3 is a number (as in YAML 1.2)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, (str, int, float, bool, type(None))):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def get_single_data(self) -> Any:
+        """The document; its keys are looked at before merge keys (`<<`) put those of other tables beside them."""
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _check_keys(node, set())
+        return self.construct_document(node)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+_KEY_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "merge", "value", "timestamp")}
+
+
+def _check_keys(node: yaml.Node, seen: set[int]) -> None:
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, seen)
+    elif isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
+            if (key.tag, key.value) in keys and key.tag != _MERGE:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            keys.add((key.tag, key.value))
+            _check_keys(value, seen)
 
 
 _NUMBER = r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+"
@@ -307,6 +327,7 @@ def make_recipe(table: Any, name: str = "the recipe") -> Recipe:
         return table
     if not isinstance(table, dict):
         raise RecipeError(f"{name}: a table with merge_method and models is expected, not {type(table).__name__}.")
+    table = {key: value for key, value in table.items() if not (isinstance(key, str) and key.startswith(HELPER))}
     for key, why in _UNSUPPORTED.items():
         if table.get(key) is not None:
             raise RecipeError(f"{name}: `{key}` is not supported: {why}.")
@@ -367,4 +388,5 @@ def _nearest(location: list[str]) -> str:
     if location[-1] not in known and model is Recipe and location[-1] in SubspaceOptions.model_fields:
         return "; it belongs under `subspace`"
     near = difflib.get_close_matches(location[-1], known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f". Accepted: {', '.join(known)}"
+    helper = f"; a table for anchors may stand under a key that begins with {HELPER}" if model is Recipe else ""
+    return f"; did you mean {near[0]!r}?" if near else f". Accepted: {', '.join(known)}{helper}"

@@ -8,25 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .adapter_fields import OTHER_LORA
 from .deltas import Delta, LoraDelta, TuckerDelta
 from .dense_deltas import DoraDelta, ParameterDelta
 from .errors import InputError
 from .headers import TensorHeader
+from .lora_starts import Part, ResidualDelta, part_taken
 from .sources import Checkpoint, shortened
 
 PEFT_PREFIX = "base_model.model."
-# Options of LoraConfig with which dW is not scale B A, or the adapter is not only dW.
-OTHER_LORA = {
-    "use_qalora": "QALoRA",
-    "lora_bias": "biases on B",
-    "layer_replication": "replicated layers",
-    "kasa_config": "KaSA",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing",
-    "monteclora_config": "MonteCLoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "trainable_token_indices": "trained single tokens",
-}
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}  # they store linear weights as [in, out]
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:(?:embedding_)?[AB]|magnitude_vector))(?:\.weight)?")
 _FLORA = re.compile(r"(?P<module>.+)\.flora_delta(?:_(?P<weight>\w+))?\.(?P<tensor>core|factor_\d+)")
@@ -65,30 +55,35 @@ def read_lora(checkpoint: Checkpoint, model_type: str | None = None) -> Adapter:
             f"{checkpoint.name}: uses {' and '.join(other)}, which is not a plain sum W + s B A. Merge it into its model first "
             f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead."
         )
+    taken = part_taken(checkpoint.name, config.get("init_lora_weights", True))
     parts: dict[str, dict[str, TensorHeader]] = {}
-    saved = {}
+    saved: dict[str, TensorHeader] = {}
     for key, tensor in checkpoint.tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         if match := _LORA.fullmatch(name):
             parts.setdefault(match["module"], {})[match["part"]] = tensor
+        elif "lora_velora_" in name:
+            continue  # what VeLoRA keeps of activations for the backward pass; its update is a plain LoRA
         elif "lora_" in name:
             raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of a plain LoRA.")
         else:  # also the weight of an embedding below its LoRA, which PEFT stores too: it may be another than the base's
-            saved[name.replace(".base_layer.", ".")] = tensor
+            _keep_whole(saved, name, tensor)
     deltas: dict[str, Delta] = {}
     owners = tuple(f".{name.rpartition('.')[0]}" for name in _bare(checkpoint))
     for module, tensors in parts.items():
         owner = module.replace(".base_layer", "")
         if f".{owner}".endswith(owners):  # several parameters of a module are told apart by nested base_layers
-            deltas[f"{module}.weight"] = _parameter_delta(checkpoint, module, tensors)
+            deltas[f"{module}.weight"] = _parameter_delta(checkpoint, module, tensors, taken)
         else:
-            deltas[f"{owner}.weight"] = _lora_delta(checkpoint, module, tensors)
+            deltas[f"{owner}.weight"] = _lora_delta(checkpoint, module, tensors, taken)
     if not deltas and not saved:
         raise InputError(f"{checkpoint.name}: has no tensors.")
     return Adapter(deltas, saved, config.get("base_model_name_or_path"), tuple(_bare(checkpoint)))
 
 
-def _lora_delta(checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHeader]) -> LoraDelta | DoraDelta:
+def _lora_delta(
+    checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHeader], taken: Part | None
+) -> LoraDelta | DoraDelta | ResidualDelta:
     config, embedding = checkpoint.config, any("embedding" in part for part in tensors)
     names = ["lora_embedding_A", "lora_embedding_B"] if embedding else ["lora_A", "lora_B"]
     if config.get("use_dora"):
@@ -105,8 +100,11 @@ def _lora_delta(checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHe
             + (": a convolution with groups, whose LoRA cannot be merged into its weight." if grouped else ".")
         )
     scale = _lora_scale(checkpoint, module, alpha, r)
-    found = LoraDelta(down, up, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
-    return DoraDelta(f"{checkpoint.name}: {module!r}", found, tensors[names[2]]) if config.get("use_dora") else found
+    owner = f"{checkpoint.name}: {module!r}"
+    lora = LoraDelta(down, up, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
+    # PEFT starts embeddings in its own way, whatever the config says.
+    found = lora if taken is None or embedding else ResidualDelta(owner, lora, taken)
+    return DoraDelta(owner, found, tensors[names[2]]) if config.get("use_dora") else found
 
 
 def _lora_scale(checkpoint: Checkpoint, module: str, alpha: Any, r: int) -> float:
@@ -115,9 +113,13 @@ def _lora_scale(checkpoint: Checkpoint, module: str, alpha: Any, r: int) -> floa
     return alpha / (math.sqrt(r) if checkpoint.config.get("use_rslora") else r)
 
 
-def _parameter_delta(checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHeader]) -> ParameterDelta:
+def _parameter_delta(
+    checkpoint: Checkpoint, module: str, tensors: dict[str, TensorHeader], taken: Part | None
+) -> ParameterDelta:
     """LoRA on one of the bare parameters of a module; which one, the shapes say when the base is known."""
     config, owner = checkpoint.config, f"{checkpoint.name}: {module!r}"
+    if taken is not None:
+        raise InputError(f"{owner}: init_lora_weights={taken!r} together with target_parameters is not supported.")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise InputError(f"{owner}: a rank_pattern or alpha_pattern together with target_parameters is not supported.")
     down, up, r = tensors.get("lora_A"), tensors.get("lora_B"), config.get("r")
@@ -152,18 +154,33 @@ def by_layer(
         title: of the method, for that error.
     """
     parts: dict[tuple[str, str | None], dict[str, TensorHeader]] = {}
-    saved = {}
+    saved: dict[str, TensorHeader] = {}
     for key, tensor in checkpoint.tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         if match := pattern.fullmatch(name):
             parts.setdefault((match["module"], match["weight"]), {})[match["tensor"]] = tensor
         elif match := _BATCH_NORM.fullmatch(name):
-            saved[f"{match['module']}.{match['tensor']}"] = tensor
+            saved[f"{match['module'].removesuffix('.base_layer')}.{match['tensor']}"] = tensor
         elif prefix in name:
             raise InputError(f"{checkpoint.name}: the tensor {key!r} is not part of {title}.")
         else:
-            saved[name.replace(".base_layer.", ".")] = tensor
+            _keep_whole(saved, name, tensor)
     return parts, saved
+
+
+def _keep_whole(saved: dict[str, TensorHeader], name: str, tensor: TensorHeader) -> None:
+    """Note a tensor that replaces the base's.
+
+    With `bias="all"` PEFT stores the bias of a module that is trained whole three times: once as every tensor of such a module,
+    once as that of its copy, and that of the original, which is not used.
+    """
+    if ".original_module." in name:
+        return
+    plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    if ".modules_to_save." in name:
+        saved.setdefault(plain, tensor)
+    else:
+        saved[plain] = tensor
 
 
 def read_flora(checkpoint: Checkpoint, model_type: str | None) -> Adapter:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .deltas import Delta, LoraDelta, Read, columns_of
 from .errors import InputError
 from .headers import ITEM_SIZES, TensorHeader
+from .lora_starts import ResidualDelta, oriented
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ class DoraDelta:
 
     Attributes:
         owner: the adapter and the layer, for errors.
-        lora: s B A.
+        lora: s B A, less what it took out of W when it was initialised.
         magnitude: m, as many values as the layer has outputs (an embedding: values of a token).
         weight: W in the base's file; None until the base is known.
 
@@ -31,7 +32,7 @@ class DoraDelta:
     """
 
     owner: str
-    lora: LoraDelta
+    lora: LoraDelta | ResidualDelta
     magnitude: TensorHeader
     weight: TensorHeader | None = None
 
@@ -55,13 +56,12 @@ class DoraDelta:
         Raises:
             InputError: the weight has another shape than the one that the adapter was trained on.
         """
-        flipped = replace(self.lora, transposed=not self.lora.transposed)
-        lora = next((one for one in (self.lora, flipped) if one.shape == weight.shape), None)
-        outputs = weight.shape[1 if lora is flipped or (lora and lora.transposed) else 0] if len(weight.shape) > 1 else 0
+        lora = self.lora.on(weight) if isinstance(self.lora, ResidualDelta) else oriented(self.lora, weight.shape)
+        outputs = weight.shape[1 if lora and lora.transposed else 0] if len(weight.shape) > 1 else 0
         if lora is None or self.magnitude.count != outputs:
             raise InputError(
-                f"{self.owner}: its delta {list(self.lora.shape)} and its magnitudes {list(self.magnitude.shape)} do not fit "
-                f"the weight {list(weight.shape)}."
+                f"{self.owner}: its delta {list(self.lora.shape or ())} and its magnitudes {list(self.magnitude.shape)} do not "
+                f"fit the weight {list(weight.shape)}."
             )
         return replace(self, lora=lora, weight=weight)
 

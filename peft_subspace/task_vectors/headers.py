@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def read_header(path: str | os.PathLike[str]) -> FileHeader:
             overlap, leave holes, lie outside of the file or do not fit the shape. Names the file and the tensor.
     """
     path = Path(path)
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -104,6 +106,25 @@ def read_header(path: str | os.PathLike[str]) -> FileHeader:
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end:,}, and the file has {size:,}")
     return FileHeader(path, {tensor.name: tensor for tensor in found}, metadata, size)
+
+
+_POINTER = b"version https://git-lfs"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise an InputError for a file that stands for another one, which git-lfs has not fetched. A missing file is none."""
+    try:
+        with open(path, "rb") as file:
+            found = file.read(200)
+    except OSError:
+        return
+    if found.startswith(_POINTER):
+        size = re.search(rb"^size (\d+)$", found, re.MULTILINE)
+        whole = f" of {int(size[1]):,} bytes" if size else ""
+        raise InputError(
+            f"{path} is a git-lfs pointer, which stands for a file{whole} that was not fetched. Run `git lfs pull` in its "
+            f"folder, or download the model from the Hub (`hf download`)."
+        )
 
 
 def _position(tensor: TensorHeader) -> tuple[int, int]:

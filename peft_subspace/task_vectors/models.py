@@ -17,7 +17,7 @@ from .references import Reference, locate
 from .renaming import names_in_memory
 from .sources import Checkpoint, open_checkpoint
 from .ties import with_ties
-from .validate import check_shapes, is_buffer, match_names
+from .validate import EMBEDDINGS, check_shapes, is_buffer, match_names
 
 A_SUFFIX, B_SUFFIX = "::A", "::B"  # names of the factors in a task-vector file
 APART_KEY, ALL = "apart", "*"  # in its metadata: names, or all, whose change is not that of the tensors that are tied to them
@@ -112,7 +112,7 @@ def given_by(
             missing = [name for name in missing if name not in (aliases or {})]
             found = {name: Given(header) for name, header in values.items()}
         else:
-            _add(found, part, base, config, aliases or {})
+            _add(found, part, base, config, embeddings, aliases or {})
     return found, missing, extra
 
 
@@ -136,18 +136,16 @@ def _add(
     part: Checkpoint,
     base: Mapping[str, TensorHeader],
     config: Mapping[str, Any],
+    embeddings: str,
     aliases: Mapping[str, str],
 ) -> None:
     if part.kind == "adapter":
         adapter = read_adapter(part, config.get("model_type"))
         names = _module_names(part, adapter, base, config)
         deltas: dict[str, Delta] = {name: delta for name, delta in adapter.deltas.items()}
-        for theirs, header in adapter.saved.items():
-            if theirs in names and header.shape != base[names[theirs]].shape:
-                shapes = f"{list(header.shape)}, in the base {list(base[names[theirs]].shape)}"
-                raise InputError(f"{part.name}: its whole tensor {theirs!r} is {shapes}.")
-            if theirs in names:
-                found[names[theirs]] = Given(header)
+        whole = {names[theirs]: header for theirs, header in adapter.saved.items() if theirs in names}
+        check_shapes(part.name, ((name, base[name].shape, header.shape) for name, header in whole.items()), embeddings)
+        found.update({name: Given(header) for name, header in whole.items()})
     else:
         deltas = task_vector_deltas(part)
         names = match_names(deltas, base, part.name)
@@ -273,4 +271,17 @@ def _fitted(part: Checkpoint, name: str, delta: Delta, shape: tuple[int, ...]) -
         swapped = replace(delta, swapped=not delta.swapped)
         if swapped.shape == shape:
             return swapped
+    if (rows := _other_rows(name, delta.shape or (), shape)) is not None:
+        raise InputError(
+            f"{part.name}: its delta for {name!r} has {rows:,} rows and the base's has {shape[0]:,}: it was trained with "
+            f"another vocabulary. Give the base as many, by `model.resize_token_embeddings({rows})`, save it, and name that "
+            f"model as the base."
+        )
     raise InputError(f"{part.name}: its delta for {name!r} is {list(delta.shape or ())}, the base's weight is {list(shape)}.")
+
+
+def _other_rows(name: str, delta: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
+    """Rows that a delta of an embedding or a head has, if it is its rows alone that do not fit."""
+    if not EMBEDDINGS.search(name) or len(delta) != 2 or len(shape) != 2:
+        return None
+    return next((rows for rows, columns in (delta, delta[::-1]) if columns == shape[1] and rows != shape[0]), None)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+from .headers import refuse_pointer
 from .locks import scratch_folder
 
 _scratch: Path | None = None  # where rewritten models are; None while pickles are refused
@@ -34,13 +35,22 @@ def pickles_allowed(allowed: bool, beside: Path | None = None) -> Iterator[None]
             _scratch = None
 
 
-def rewritten(folder: Path) -> Path | None:
+def are_allowed() -> bool:
+    """Whether this is within `pickles_allowed`."""
+    return _scratch is not None
+
+
+def rewritten(folder: Path, name: str = "pytorch_model.bin") -> Path | None:
     """A file of safetensors with all tensors of a folder's .bin files; None if pickles are not allowed or not there.
+
+    Args:
+        folder: of a model or an adapter.
+        name: of the file of weights, if there is one file.
 
     Raises:
         InputError: a file holds something else than tensors, or cannot be read.
     """
-    files = _pickles(folder)
+    files = _pickles(folder, name)
     if _scratch is None or not files:
         return None
     target = _scratch / f"{len(list(_scratch.glob('*.safetensors')))}.safetensors"
@@ -48,12 +58,12 @@ def rewritten(folder: Path) -> Path | None:
     return target
 
 
-def _pickles(folder: Path) -> list[Path]:
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
-        return sorted(folder / name for name in names if Path(name).name == name)
-    return [folder / "pytorch_model.bin"] if (folder / "pytorch_model.bin").is_file() else []
+def _pickles(folder: Path, name: str) -> list[Path]:
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file() or not index.is_file():  # the one file first, as transformers has it
+        return [folder / name] if (folder / name).is_file() else []
+    names = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+    return sorted(folder / file for file in names if Path(file).name == file)
 
 
 def _rewrite(files: list[Path], target: Path) -> None:
@@ -63,6 +73,7 @@ def _rewrite(files: list[Path], target: Path) -> None:
 
     tensors = {}
     for file in files:
+        refuse_pointer(file)
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # pickle, zip and torch each have errors of their own

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..functional.composition import Dense, LowRank, Vector
 from .errors import InputError
+from .joined import joined
 from .models import Source, open_source, without_base
 from .provenance import digest, identity, record_of
 from .readers import read_adapter
 from .reading import GivenReader, Reader
 from .references import HUB_ID, Reference
-from .renaming import names_in_memory
+from .renaming import names_in_memory, pieces_in_memory
 from .sources import Checkpoint, shortened
 from .task_vector import TaskVector
 from .validate import is_buffer, made_for_another, match_names
@@ -240,7 +241,7 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
     own_base = given.pop("base", None) if isinstance(given, dict) else None
     try:
         source = open_source(given)
-        needed = own_base or (model.base if source.full is not None or _scales_its_base(source) else None)
+        needed = own_base or (model.base if source.full is not None or _needs_its_base(source) else None)
         if source.full is not None and needed is None:
             raise InputError(
                 f"{source.reference} is a whole model, and its base is not known. Give `base`, or save the difference first: "
@@ -248,7 +249,7 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
             )
         base_source = None if needed is None else open_source(needed)
         vector = TaskVector.of_source(without_base(source, base_source), base_source)
-        names = _matched(vector, model)
+        vector, names = _matched(vector, model)
         for part in source.checkpoints if model.strict else ():
             if declared := made_for_another(part, str(own_base or model.base or "")):
                 warnings.warn(
@@ -268,14 +269,14 @@ def _places(parts: Sequence[Checkpoint]) -> tuple[Any, ...]:
     return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
-def _scales_its_base(source: Source) -> bool:
-    """Whether an adapter's update is made of the base's own weights (SVFit, DoRA)."""
+def _needs_its_base(source: Source) -> bool:
+    """Whether an adapter's update is made of the base's own weights (SVFit, DoRA, PiSSA), or has whole modules (a head)."""
     adapters = [read_adapter(part) for part in source.checkpoints if part.kind == "adapter"]
-    return any(delta.shape is None for adapter in adapters for delta in adapter.deltas.values())
+    return any(adapter.saved or any(d.shape is None for d in adapter.deltas.values()) for adapter in adapters)
 
 
-def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:
-    """Parameter of the model -> name in the vector."""
+def _matched(vector: TaskVector, model: _Model) -> tuple[TaskVector, dict[str, str]]:
+    """The vector, its pieces put together where the model has them fused; parameter of the model -> name in the vector."""
     known = {*model.shapes, *model.others}
     found = match_names(list(vector.shapes), known, vector.base_name or "it")
     lost = [name for name in vector.shapes if name not in found and not is_buffer(name)]
@@ -283,18 +284,24 @@ def _matched(vector: TaskVector, model: _Model) -> dict[str, str]:
         renamed = {stored: new for new, stored in names_in_memory(vector.shapes, model.config).items() if new in known}
         found |= {stored: new for stored, new in renamed.items() if stored not in found}
         lost = [name for name in lost if name not in found]
+    if lost and model.config:
+        sizes = {name: header.shape for name, header in vector.base.items()} or dict(vector.shapes)
+        pieces = {name: one for name, one in pieces_in_memory(sizes, model.config).items() if name in model.shapes}
+        vector = joined(vector, pieces, model.shapes)
+        found |= {name: name for name in pieces if name in vector.shapes}
+        lost = [name for name in lost if name in vector.shapes]
     names = {ours: theirs for theirs, ours in found.items() if ours in model.shapes}
     if not names or (lost and model.strict):
         raise InputError(
             f"{len(lost)} of its {len(vector.shapes)} tensors are parameters of no layer of this model: {shortened(lost)}. "
             f"It was made on another model, or they stand on the model itself, outside of its layers, where they cannot be "
-            f"composed; with strict=False such tensors are left out."
+            f"composed, or transformers makes other parameters of them on loading; with strict=False such tensors are left out."
         )
     wrong = [name for name, theirs in names.items() if vector.shapes[theirs] != model.shapes[name]]
     if wrong:
         pairs = [f"{name!r} is {list(vector.shapes[names[name]])}, in the model {list(model.shapes[name])}" for name in wrong]
         raise InputError(f"{len(wrong)} tensors have other shapes than in the model: {shortened(pairs)}.")
-    return names
+    return vector, names
 
 
 def reference_text(source: Any) -> str:

@@ -8,15 +8,13 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .adapter_fields import changing
 from .errors import InputError
 from .headers import FLOAT_DTYPES, ITEM_SIZES, FileHeader, TensorHeader
 from .models import Source
 from .sources import Checkpoint
 
 WHOLE, PART = 2**16, 2**12  # bytes
-
-# What of an adapter's config changes its dW.
-SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "scale", "scale_pattern")
 
 
 def record_of(name: str, source: Source, base: Source | None) -> dict[str, Any]:
@@ -27,11 +25,11 @@ def record_of(name: str, source: Source, base: Source | None) -> dict[str, Any]:
 
 
 def part_record(part: Checkpoint) -> dict[str, Any]:
-    """Kind, commit and fingerprints of the files of one part of a source, and what scales an adapter."""
+    """Kind, commit and fingerprints of the files of one part of a source, and fields that an adapter's update depends on."""
     found: dict[str, Any] = {"kind": part.kind, "commit": part.commit}
     found["files"] = [tensor_fingerprint(header) for header in sorted(part.files, key=lambda file: file.path.name)]
     if part.kind == "adapter":
-        found["scales"] = {key: part.config[key] for key in SCALES if part.config.get(key) is not None}
+        found["scales"] = changing(part.config)
     return found
 
 

@@ -9,10 +9,12 @@ raises an `InputError` with the way out.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from .adapter_fields import unknown_fields
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +53,15 @@ def read_adapter(checkpoint: Checkpoint, model_type: str | None = None) -> Adapt
     Raises:
         InputError: an adapter of a kind that is not a plain sum on the weights, by name; or a file that is not whole.
     """
-    return _reader(checkpoint)(checkpoint, model_type)
+    found = _reader(checkpoint)(checkpoint, model_type)
+    if unknown := unknown_fields(checkpoint.config):
+        warnings.warn(
+            f"{checkpoint.name}: its config has {', '.join(unknown)}, which this version of peft_subspace does not know and "
+            f"leaves out. If what it adds to its model depends on that, merge it into its model first "
+            f"(`model.merge_and_unload().save_pretrained(...)`) and give that model instead.",
+            stacklevel=2,
+        )
+    return found
 
 
 def _reader(checkpoint: Checkpoint) -> Callable[[Checkpoint, str | None], Adapter]:

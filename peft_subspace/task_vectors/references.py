@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -77,10 +78,42 @@ def _exists(name: str) -> bool:
         return False
 
 
+def _not_here(name: str) -> str:
+    """There is nothing of that name on the disk; where it was looked for, and what is called alike there."""
+    path = Path(name).expanduser()
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    missing = path.relative_to(parent).parts[0]
+    try:
+        near = difflib.get_close_matches(missing, sorted(os.listdir(parent)), n=3, cutoff=0.6)
+    except OSError:
+        near = []
+    where = f" in {Path.cwd()}" if parent == Path() else f": {parent} has no {missing!r}"
+    return f"there is no such folder or file{where}" + (f" (but {', '.join(map(repr, near))})" if near else "")
+
+
+def _not_there(error: Exception) -> str:
+    """Why the Hub did not give a model."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the Hub's cache, and the Hub cannot be reached, or was not to be asked (HF_HUB_OFFLINE)."
+    if isinstance(error, GatedRepoError):
+        return "the Hub gives it to those alone who have asked for access (`hf auth login`)."
+    if isinstance(error, RevisionNotFoundError):
+        return "the Hub's repository has no such revision."
+    if isinstance(error, RepositoryNotFoundError):
+        return "the Hub has no such repository, or it is private (`hf auth login`)."
+    reason = str(error).strip().split("\n")[0]
+    return f"the Hub did not give it: {reason[:160]}"
+
+
 def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder or file of a model: as it is if it is there, else downloaded from the Hub into its cache.
 
-    Within `remote.headers_only` the headers of its weights are all that is fetched of them.
+    Within `remote.headers_only` the headers of its weights are all that is fetched of them, but of pickles, which have none:
+    they are downloaded where they are allowed and there is nothing else.
 
     Returns:
         The path, and the Hub's commit, None for a local one.
@@ -93,18 +126,21 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
             raise InputError(f"{name}@{revision}: a revision is for models on the Hub, and {name} is a local path.")
         return Path(name).expanduser(), None
     if not HUB_ID.fullmatch(name):
-        raise InputError(f"{name!r}: there is no such folder or file, and it is not a Hub id (owner/name).")
+        raise InputError(f"{name!r}: {_not_here(name)}, and it is not a Hub id (owner/name).")
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from .pickles import are_allowed
     from .remote import header_folder
 
     try:
-        if (headers := header_folder(name, revision, HUB_FILES)) is not None:
+        headers = header_folder(name, revision, HUB_FILES)
+        if headers is not None and not (are_allowed() and not any(headers[0].glob("*.safetensors"))):
             return headers
         path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        if are_allowed() and not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         asked = repr(name) if revision is None else f"{name!r} at revision {revision!r}"
-        raise InputError(f"{asked}: there is no such folder here, and the Hub did not give it: {reason}") from error
+        raise InputError(f"{asked}: {_not_here(name)}, and {_not_there(error)}") from error
     return path, path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else None

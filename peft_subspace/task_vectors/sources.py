@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .errors import InputError
-from .headers import FLOATS, FileHeader, TensorHeader, read_header
+from .headers import FLOATS, FileHeader, TensorHeader, read_header, refuse_pointer
 from .pickles import rewritten
 
 Kind = Literal["model", "adapter", "task_vector"]
 FORMAT_KEY, TASK_VECTOR = "peft_subspace", "task_vector"  # in the metadata of a task-vector file
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"  # of PEFT before 0.7
+_PICKLES = (
+    ", which can run code when they are opened. Pass --allow-pickle (in Python, open and use them within "
+    "`peft_subspace.task_vectors.pickles.pickles_allowed(True)`) to read them with torch's weights_only loader, or save them "
+    "again with safetensors."
+)
 INDEX_SUFFIX = ".safetensors.index.json"
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
@@ -74,7 +81,7 @@ def open_checkpoint(path: Path, name: str | None = None, commit: str | None = No
     if (path / ADAPTER_CONFIG).is_file():
         weights = path / ADAPTER_WEIGHTS
         if not weights.is_file():
-            raise InputError(f"{name}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. Save the adapter as safetensors.")
+            weights = _adapter_pickle(name, path, commit is not None)
         header = read_header(weights)
         return Checkpoint(name, path, "adapter", header.tensors, (header,), read_json(path / ADAPTER_CONFIG), {}, commit)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -84,16 +91,42 @@ def open_checkpoint(path: Path, name: str | None = None, commit: str | None = No
             f"{name}: its weights are quantised ({method}), and packed values cannot be added. Use the unquantised model, or "
             f"dequantise it first (`model.dequantize().save_pretrained(...)`)."
         )
-    index = _index_file(path, name)
+    whole = path / "model.safetensors"
+    index = None if whole.is_file() else _index_file(path, name)
     if index is not None:
         return _sharded(name, path, index, config, commit)
+    if whole.is_file():
+        _warn_of_other_weights(name, path)
     files = sorted(path.glob("*.safetensors"))
     preferred = [file for file in files if file.name == "model.safetensors"] or files
     if len(preferred) == 1:
         return _of_files(name, path, preferred, config, commit)
     if not preferred and (pickle := rewritten(path)) is not None:
         return _of_files(name, path, [pickle], config, commit)
-    raise InputError(f"{name}: {_why_nothing(path, preferred)}")
+    raise InputError(f"{name}: {_why_nothing(path, preferred, commit is not None)}")
+
+
+def _adapter_pickle(name: str, path: Path, from_hub: bool) -> Path:
+    if (file := rewritten(path, ADAPTER_PICKLE)) is not None:
+        return file
+    if (path / ADAPTER_PICKLE).is_file():
+        raise InputError(f"{name}: has its weights in a pickle ({ADAPTER_PICKLE}){_PICKLES}")
+    hint = " If it has a pickle, pass --allow-pickle to download and read it." if from_hub else " Save the adapter again."
+    raise InputError(f"{name}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}.{hint}")
+
+
+def _warn_of_other_weights(name: str, path: Path) -> None:
+    """A folder that was saved twice has two sets of weights, of which transformers loads the one file."""
+    index = path / f"model{INDEX_SUFFIX}"
+    if not index.is_file():
+        return
+    files = sorted(set(map(str, (read_json(index).get("weight_map") or {}).values())) - {"model.safetensors"})
+    if files:
+        warnings.warn(
+            f"{name}: has two sets of weights, model.safetensors and those of {index.name} ({shortened(files, 2)}). The first "
+            f"is read, as transformers does. Remove what is left of the other saving.",
+            stacklevel=2,
+        )
 
 
 def _index_file(path: Path, name: str) -> Path | None:
@@ -104,17 +137,15 @@ def _index_file(path: Path, name: str) -> Path | None:
     return preferred[0] if preferred else None
 
 
-def _why_nothing(path: Path, files: list[Path]) -> str:
+def _why_nothing(path: Path, files: list[Path], from_hub: bool) -> str:
     if files:
         return (
             f"has {len(files)} .safetensors files but no index ({', '.join(f.name for f in files[:3])}, ...). Name one of them."
         )
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        return (
-            "has its weights in pickles (.bin, .pt), which can run code when they are opened. Pass --allow-pickle (in Python, "
-            "open and use them within `peft_subspace.task_vectors.pickles.pickles_allowed(True)`) to read them with torch's "
-            "weights_only loader, or save the model again with safetensors."
-        )
+        return f"has its weights in pickles (.bin, .pt){_PICKLES}"
+    if from_hub:  # other files were not downloaded
+        return "has no .safetensors file. If it has pickles (.bin), pass --allow-pickle to download and read them."
     return "has no .safetensors file."
 
 
@@ -174,7 +205,10 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, or holds something else.
     """
     try:
+        refuse_pointer(path)
         value = json.loads(path.read_bytes())
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):

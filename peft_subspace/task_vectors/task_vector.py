@@ -34,6 +34,7 @@ from .reading import GivenReader, Reader, read_tensor
 from .references import Reference
 from .sources import FORMAT_KEY, TASK_VECTOR, fingerprint, is_float
 from .ties import with_ties
+from .validate import other_architecture
 from .writing import CODES, Entries, write_file
 
 CHUNK = 2**20  # values that are in memory at a time
@@ -96,6 +97,9 @@ class TaskVector:
         known, aliases = with_ties(base.full.tensors, base.full.config)
         given, missing, extra = given_by(source, known, config=base.full.config, aliases=aliases)
         given = {name: one for name, one in given.items() if is_float(known[name])}
+        if not given and source.full is not None:
+            names = str(source.reference), source.full.config, base.full.name, base.full.config
+            raise other_architecture(*names, 0, len(known))
         tied = {alias: stored for alias, stored in aliases.items() if given.get(alias) == given.get(stored)}
         given = {name: one for name, one in given.items() if name not in tied}
         if not given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from .errors import InputError
 from .headers import TensorHeader
@@ -20,7 +21,7 @@ PREFIXES = (
 _BUFFERS = re.compile(
     r"(.*\.)?(position_ids|token_type_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|num_batches_tracked)"
 )
-_EMBEDDINGS = re.compile(r"embed|wte|lm_head|shared|output_layer", re.IGNORECASE)
+EMBEDDINGS = re.compile(r"embed|wte|lm_head|shared|output_layer", re.IGNORECASE)
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -71,6 +72,27 @@ def _changed(name: str, strip: str, add: str, known: set[str]) -> str | None:
     return changed if changed in known else None
 
 
+def other_architecture(
+    name: str, theirs: Mapping[str, Any], base: str, ours: Mapping[str, Any], shared: int, of: int
+) -> InputError:
+    """What to say of a model that has less than half of the base's tensors.
+
+    Args:
+        name: of the model.
+        theirs: its config.json.
+        base: name of the base.
+        ours: the base's config.json.
+        shared: tensors of the base that the model has.
+        of: tensors of the base.
+    """
+    kinds = [next(iter(config.get("architectures") or []), None) or config.get("model_type") for config in (theirs, ours)]
+    each = [f" (a {kind})" if kind else "" for kind in kinds]
+    return InputError(
+        f"{name}{each[0]} has {shared} of the {of} tensors of {base}{each[1]}: it is a model of another architecture, and only "
+        f"models of one architecture can be merged, or a file with other names."
+    )
+
+
 def is_buffer(name: str) -> bool:
     """Whether a tensor is one that models make by themselves, so that it does not matter if it is there."""
     return _BUFFERS.fullmatch(name) is not None
@@ -112,7 +134,7 @@ def check_shapes(owner: str, pairs: Iterable[tuple[str, tuple[int, ...], tuple[i
     for name, base, shape in pairs:
         if base == shape:
             continue
-        if _EMBEDDINGS.search(name) and len(base) == len(shape) and base[1:] == shape[1:]:
+        if EMBEDDINGS.search(name) and len(base) == len(shape) and base[1:] == shape[1:]:
             fits = embeddings == ("truncate" if shape[0] > base[0] else "pad_from_base")
             (changed if fits else rows).append((name, base[0], shape[0]))
         else:
@@ -131,7 +153,8 @@ def check_shapes(owner: str, pairs: Iterable[tuple[str, tuple[int, ...], tuple[i
         )
         raise InputError(
             f"{owner}: {name!r} has {own_rows:,} rows and the base's has {base_rows:,}: other vocabularies. If the first "
-            f"{min(own_rows, base_rows):,} tokens are the same, write `subspace: {{embeddings: {way.split()[0]}}}`: {way}."
+            f"{min(own_rows, base_rows):,} tokens are the same, write `subspace: {{embeddings: {way.split()[0]}}}`: {way}"
+            + (f"; or give the base as many: `model.resize_token_embeddings({own_rows})`." if own_rows > base_rows else ".")
         )
     return [name for name, *_ in changed]
 

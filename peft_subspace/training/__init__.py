@@ -8,6 +8,7 @@ from .healing import Healing, HealingTrainer
 from .merge_trainer import Look, MergeArguments, MergeTrainer
 from .objectives import entropy_loss, information_maximization_loss
 from .perturbation import max_perturbation, perturbation_penalty
+from .statistics import estimate_statistics
 from .tasks import Task, pooled_logits, token_logits
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Ufm",
     "as_teacher",
     "entropy_loss",
+    "estimate_statistics",
     "feature_distillation",
     "find_blocks",
     "information_maximization_loss",

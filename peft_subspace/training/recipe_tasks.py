@@ -48,7 +48,7 @@ class Built:
         assert base is not None
         config = _config(recipe, vectors)
         self.rows = {task.name: Rows.draw(task, seed) for task in options.tasks}
-        self.options, self.base, self.vectors = options, base, vectors
+        self.recipe, self.options, self.base, self.vectors = recipe, options, base, vectors
         self.folder, _ = locate(base.model, base.revision)
         kind = options.tasks[0].kind
         model, self.answers_itself = load_base(self.folder, kind, str(base))
@@ -127,14 +127,38 @@ class Built:
             found[f"accuracy on {name}"] = right / total
         return found
 
+    def single_accuracies(self) -> dict[str, dict[str, float]]:
+        """Task vector -> the accuracies of the base with that vector whole: of the model that it comes from.
+
+        Cost: as many passes over the held-out rows as there are vectors.
+        """
+        found = {}
+        for name in self.vectors:
+            # another adapter of the same kind, which shares the vectors in memory
+            self.model.add_adapter("single", _config(self.recipe, self.vectors, alone=name))
+            self.model.set_adapter("single")
+            try:
+                found[name] = dict(self.accuracies(self.model))
+            finally:
+                self.model.set_adapter("default")
+                self.model.delete_adapter("single")
+        return found
+
 
 def _names(config: Any, classes: int) -> list[str]:
     names = getattr(config, "id2label", None) or {}
     return [str(names[number]) for number in range(classes)] if set(range(classes)) <= set(names) else []
 
 
-def _config(recipe: Recipe, vectors: Mapping[str, Reference]) -> Any:
-    """The adapter's config, with the recipe's models for a pool."""
+# Fields with which a config adds one vector whole and nothing else
+_WHOLE: dict[str, dict[str, Any]] = {
+    "atlas": {"granularity": "block", "partition": None, "constraint": None, "selected": None, "tie_blocks": None},
+    "concrete": {"granularity": "row", "init": 40.0, "learn_coefficients": None, "eval_mask": "mean"},  # a mask of ones
+}
+
+
+def _config(recipe: Recipe, vectors: Mapping[str, Reference], alone: str | None = None) -> Any:
+    """The adapter's config, with the recipe's models for a pool; if asked, one that adds a single vector whole."""
     options = recipe.subspace.learn
     assert options is not None
     base = str(recipe.base_model)
@@ -142,6 +166,11 @@ def _config(recipe: Recipe, vectors: Mapping[str, Reference]) -> Any:
     own: dict[str, Any] = {"pool": pool, "base": base, **options.config}
     if recipe.merge_method == "concrete":
         own.setdefault("seed", recipe.subspace.seed if options.seed is None else options.seed)
+    if alone is not None:
+        start = "init" if recipe.merge_method == "atlas" else "coefficients"
+        own |= {**_WHOLE[recipe.merge_method], "bundle_vectors": False, start: {alone: 1.0}}
+        if recipe.merge_method == "atlas":
+            own.pop("fused_splits", None)
     try:
         return (AtlasConfig if recipe.merge_method == "atlas" else ConcreteConfig)(**own)
     except (TypeError, ValueError) as error:

@@ -445,6 +445,23 @@ def test_pictures(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "cannot be read as a history.json"),
+        ("[]", "has no looks"),
+        ('{"a": 1}', "is no history"),
+        ('[{"phase": "mask"}]', "is no history of MergeTrainer, a list of looks"),
+    ],
+)
+def test_what_is_no_history_is_said(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"x\.json: {message}"):
+        draw_history(tmp_path / "x.json", tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"nothing\.json: cannot be read"):
+        draw_history(tmp_path / "nothing.json", tmp_path / "x.png")
+
+
 def test_two_adapters_with_other_files_under_one_name_keep_to_their_own(tmp_path: Path) -> None:
     pico = MODELS["mlp"]
     paths = [write_vector(tmp_path / f"{k}.safetensors", vector_of(pico.model(), k)) for k in range(2)]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peft_subspace.cli.app import run
 from tests.merging.tiny import contents, read, recipe, trio, write
@@ -73,7 +73,7 @@ def test_exit_codes(command: Command) -> None:
     Path("lost.yaml").write_text(yaml.safe_dump(recipe(Path(), models="ax")))
     code, _, err = command("merge", "lost.yaml", "out")
     assert code == 3
-    assert err.startswith("Error: 'x': there is no such folder here")
+    assert err.startswith(f"Error: 'x': there is no such folder or file in {Path.cwd()}")
     assert command("merge", "recipe.yaml", "a")[0] == 4
     assert command("merge", "recipe.yaml", "out", "-q")[0] == 0
     Path("out/config.json").write_text("{}")
@@ -106,6 +106,43 @@ def test_ctrl_c_is_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     code, _, err = command("merge", "recipe.yaml", "out")
     assert code == 130
     assert "--resume" in err
+
+
+def test_a_base_without_a_config_is_said_to_give_none(command: Command) -> None:
+    Path("base/config.json").unlink()
+    for more in (["--dry-run"], []):
+        code, _, err = command("merge", "recipe.yaml", "out", *more)
+        assert code == 0
+        assert "Warning: base has no config.json, so the result has none, and transformers cannot load it by itself." in err
+    Path("vector.yaml").write_text(yaml.safe_dump(recipe(Path(), subspace={"output": "task_vector"})))
+    assert command("merge", "vector.yaml", "vector")[2] == ""
+
+
+def test_dry_run_says_what_each_value_is_used_for(command: Command) -> None:
+    table = recipe(Path(), "ties", "ab", parameters={"density": [0.2, 0.8]})
+    table["models"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}]
+    Path("filters.yaml").write_text(yaml.safe_dump(table))
+    code, out, _ = command("merge", "filters.yaml", "--dry-run")
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("Value")] == [
+        "Value    weight of a: 'mlp': 0, 1 from the first layer to the last, 6 tensors",
+        "Value    weight of a: 0.5, 9 tensors",
+        "Value    weight of b: 0.6, 15 tensors",
+        "Value    density of a: 0.2, 0.8 from the first layer to the last, 15 tensors",
+        "Value    density of b: 0.2, 0.8 from the first layer to the last, 15 tensors",
+    ]
+    table["models"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": 1.0}]
+    Path("filters.yaml").write_text(yaml.safe_dump(table))
+    for more in ([], ["--dry-run"]):
+        code, _, err = command("merge", "filters.yaml", "out", *more)
+        assert code == 2
+        assert "parameters for 'lm_head.weight': no filter" in err
+    table["models"][0]["parameters"]["weight"] = [{"filter": "mpl", "value": 1.0}, {"value": 1.0}]
+    Path("filters.yaml").write_text(yaml.safe_dump(table))
+    for more in ([], ["--dry-run"]):
+        code, _, err = command("merge", "filters.yaml", "out", *more)
+        assert (code, Path("out").exists()) == (2, False)
+        assert "models[0].parameters: weight: the filter 'mpl' is in no tensor's name; did you mean 'mlp'?" in err
 
 
 def test_dry_run(command: Command) -> None:
@@ -400,6 +437,30 @@ def test_pickles_through_the_command_line(command: Command) -> None:
     assert Path("out/model.safetensors").read_bytes() == Path("out2/model.safetensors").read_bytes()
 
 
+def test_adapters_in_pickles_through_the_command_line(command: Command) -> None:
+    """What PEFT before 0.7 wrote: every command that reads an adapter reads it, if it may."""
+    command("extract", "a", "lora", "--base", "base", "--rank", "4", "-q")
+    table = {"merge_method": "linear", "base_model": "base", "models": [{"model": "lora"}]}
+    Path("lora.yaml").write_text(yaml.safe_dump(table))
+    assert command("merge", "lora.yaml", "before", "-q")[0] == 0
+    torch.save(load_file("lora/adapter_model.safetensors"), "lora/adapter_model.bin")
+    Path("lora/adapter_model.safetensors").unlink()
+    calls = [
+        ("merge", "lora.yaml", "out"),
+        ("merge", "lora.yaml", "--dry-run"),
+        ("inspect", "lora"),
+        ("inspect", "lora", "--base", "base"),
+        ("extract", "base+lora", "again", "--base", "base", "--rank", "4"),
+    ]
+    for call in calls:
+        code, _, err = command(*call)
+        assert code == 3
+        assert "lora: has its weights in a pickle (adapter_model.bin), which can run code" in err
+        assert "Pass --allow-pickle" in err
+        assert command(*call, "--allow-pickle")[0] == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("before/model.safetensors").read_bytes()
+
+
 HUB = """
 import json, os, sys
 from pathlib import Path
@@ -452,6 +513,23 @@ assert not api.file_exists("user/merged", "model.safetensors"), "a file of the o
 assert set(api.list_repo_files("user/merged")) == {".gitattributes", *os.listdir(folder / "sharded")}
 assert contents(folder / "out") == before
 assert push("sharded", "user/merged", "--resume", "--shard-size", "3kB") == 0, "the upload is done again"
+import torch
+(folder / "pickled").mkdir()
+(folder / "pickled/config.json").write_text((folder / "a/config.json").read_text())
+torch.save(models["a"], folder / "pickled/pytorch_model.bin")
+(folder / "adapter").mkdir()
+(folder / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+torch.save({f"{key}A.weight": torch.ones(2, 16), f"{key}B.weight": torch.ones(16, 2)}, folder / "adapter/adapter_model.bin")
+for name in ("pickled", "adapter"):
+    api.create_repo(f"user/{name}")
+    api.upload_folder(repo_id=f"user/{name}", folder_path=folder / name)
+    table["models"] = [{"model": f"user/{name}"}]
+    (folder / "recipe.json").write_text(json.dumps(table))
+    for more in (["--dry-run"], []):
+        assert run(["merge", str(folder / "recipe.json"), str(folder / f"out {name}"), *more]) == 3
+    for more in (["--dry-run"], []):
+        assert run(["merge", str(folder / "recipe.json"), str(folder / f"out {name}"), "--allow-pickle", *more]) == 0
 table["models"] = [{"model": "user/nothing"}]
 (folder / "recipe.json").write_text(json.dumps(table))
 assert run(["merge", str(folder / "recipe.json"), str(folder / "no")]) == 3

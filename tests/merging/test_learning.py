@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from peft_subspace import AtlasConfig, ConcreteConfig
+from peft_subspace import AtlasConfig, ConcreteConfig, draw_history
 from peft_subspace.cli import run
 from peft_subspace.merging import make_plan, merge, verify
 from peft_subspace.merging.learn_data import check_data
@@ -32,6 +32,7 @@ from peft_subspace.merging.recipe import make_recipe
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
 from peft_subspace.task_vectors.task_vector import TaskVector
 from peft_subspace.training import MergeTrainer
+from peft_subspace.training.recipe_rows import Rows
 from tests.merging.learn_cases import (
     CLASSES,
     COMMON,
@@ -50,6 +51,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not look like a fine-tuned"),  # random vectors are as large as the base
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`"),  # PEFT, of every tied model
     pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
+    pytest.mark.filterwarnings("ignore:learning has not raised the accuracy"),  # random models and a few steps
 ]
 
 
@@ -111,6 +113,55 @@ def test_classifiers_with_heads_of_their_own(
     assert f"{measure} at the start" in (tmp_path / "out.learned" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"config": {"init": 0.3, "granularity": "partition", "partition": 2, "constraint": "nonnegative"}},
+        {"method": "concrete", "config": {"learn_coefficients": "layer", "granularity": "element"}},
+    ],
+    ids=["aTLAS", "Concrete"],
+)
+def test_learning_that_changes_no_accuracy_says_so_beside_the_models_alone(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Those are the accuracies that transformers' own models have on the same rows."""
+    classifiers(tmp_path)
+    tasks = labelled(tmp_path, held_out=8)
+    table = recipe(tmp_path, tasks=tasks, steps=1, lr=1e-9, mask_lr=1e-9, select="last", **fields)
+    with pytest.warns(UserWarning, match=r"not raised the accuracy on held-out rows: a mean of (0\.\d+) at the start, \1"):
+        merge(table, tmp_path / "out")
+    found = record(tmp_path)["singles"]
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "base")
+    for name in ("a", "b"):
+        options = make_recipe(table).subspace.learn
+        assert options is not None
+        rows = Rows.draw(next(task for task in options.tasks if task.name == name), 0).held_out
+        model: Any = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / name, num_labels=CLASSES[name])
+        right = 0
+        for row in rows:
+            with torch.no_grad():
+                answer = model.eval()(**tokenizer(row["text"], return_tensors="pt", return_token_type_ids=False)).logits
+            right += int(answer.argmax()) == row["label"]
+        assert found[name][f"accuracy on {name}"] == right / len(rows)
+    own: Any = PeftModel.from_pretrained(tf.AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "out.learned")
+    assert list(own.peft_config) == ["default"]  # nothing of the comparison was saved
+    check_merged(tmp_path, tf.AutoModel.from_pretrained(tmp_path / "base"))
+
+
+def test_a_result_without_a_head_is_said_to_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifiers(tmp_path, lora=True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tmp_path)))
+    text = f"Warning: the models have classifier.bias, classifier.weight, which {tmp_path / 'base'} does not have"
+    for more in (["--dry-run"], []):
+        assert run(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "-q", *more]) == 0
+        assert text in capsys.readouterr().err
+    with_head = tmp_path / "with head"
+    with_head.mkdir()
+    classifiers(with_head, head_in_base=True)
+    (with_head / "recipe.yaml").write_text(yaml.safe_dump(recipe(with_head)))
+    for more in (["--dry-run"], []):
+        assert run(["merge", str(with_head / "recipe.yaml"), str(with_head / "out"), "-q", *more]) == 0
+        assert "the models have" not in capsys.readouterr().err
+
+
 def test_the_look_with_the_highest_accuracy_is_kept(tmp_path: Path) -> None:
     """The first of them, while the entropy falls on."""
     classifiers(tmp_path)
@@ -121,6 +172,9 @@ def test_the_look_with_the_highest_accuracy_is_kept(tmp_path: Path) -> None:
     entropies = [statistics.mean(look["loss"].values()) for look in looks]
     assert record(tmp_path)["result"] == looks[means.index(max(means))]
     assert entropies.index(min(entropies)) > means.index(max(means)) > 0
+    for number, history in enumerate((tmp_path / "out.learned" / "history.json", looks)):  # the file, or what is in it
+        draw_history(history, tmp_path / f"{number}.png")
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
 
 @pytest.mark.parametrize("make", [classifiers, last_token_classifiers])

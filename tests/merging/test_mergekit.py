@@ -10,6 +10,8 @@ import torch
 import yaml
 
 from peft_subspace.merging import merge
+from peft_subspace.merging.planner import make_plan
+from peft_subspace.merging.recipe import make_recipe
 from tests.merging.tiny import near, read
 from tests.pico import MODELS
 
@@ -37,6 +39,47 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "sce": ("sce", {"select_topk": 0.4}, [{}, {}]),
     "karcher": ("karcher", {}, [{}, {}]),
 }
+
+
+# What happens to a model with a negative weight: method, options, weights; whether it is added, and not taken away.
+NEGATIVE: dict[str, tuple[str, dict[str, Any], tuple[float, float], bool]] = {
+    "the sum is above 0": ("linear", {}, (1.0, -0.5), False),
+    "the sum is below 0": ("linear", {}, (0.5, -1.0), True),
+    "linear, as they are": ("linear", {"normalize": False}, (0.5, -1.0), False),
+    "task_arithmetic": ("task_arithmetic", {}, (0.5, -1.0), False),
+    "task_arithmetic, divided": ("task_arithmetic", {"normalize": True}, (0.5, -1.0), True),
+    "ties": ("ties", {}, (1.0, -0.5), True),
+    "ties, as they are": ("ties", {"normalize": False}, (1.0, -0.5), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", NEGATIVE)
+def test_a_negative_weight_that_is_divided_by_a_negative_sum_is_warned_of(case: str, tmp_path: Path) -> None:
+    """A value that only the second model changes: mergekit adds the change where the warning says so."""
+    method, shared, weights, added = NEGATIVE[case]
+    model = MODELS["llama"].model()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name, first = "model.norm.weight", torch.zeros_like(base["model.norm.weight"])
+    for label, place in (("base", None), ("a", 0), ("b", 1)):
+        first.zero_()
+        if place is not None:
+            first[place] = 0.1
+        model.load_state_dict({**base, name: base[name] + first})
+        model.save_pretrained(tmp_path / label)
+    entries = [{"model": str(tmp_path / label), "parameters": {"weight": weights[n]}} for n, label in enumerate("ab")]
+    recipe: dict[str, Any] = {"merge_method": method, "models": entries, "parameters": shared, "dtype": "float32"}
+    if method != "linear":
+        recipe["base_model"] = str(tmp_path / "base")
+    plan = make_plan(make_recipe(recipe))
+    noted = [note for note in plan.notes if "has a negative weight" in note]
+    assert len(noted) == added
+    if added:
+        assert noted[0].startswith(str(tmp_path / "b"))
+    config = merge_module.MergeConfiguration.model_validate(recipe)
+    merge_module.run_merge(config, str(tmp_path / "theirs"), merge_module.MergeOptions(copy_tokenizer=False, quiet=True))
+    change = read(tmp_path / "theirs")[name] - base[name] * (sum(weights) if case == "linear, as they are" else 1)
+    assert (float(change[1]) > 0) == added
 
 
 @pytest.mark.filterwarnings("ignore")

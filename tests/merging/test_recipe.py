@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_subspace.merging.methods import registry
-from peft_subspace.merging.parameters import check_parameters, depths, evaluate, resolve
+from peft_subspace.merging.methods.checks import turns_signs
+from peft_subspace.merging.parameters import check_filters, check_parameters, depths, evaluate, resolve, uses
 from peft_subspace.merging.recipe import Condition, Recipe, load_recipe, make_recipe, parse_recipe
 from peft_subspace.task_vectors.errors import RecipeError
 from peft_subspace.task_vectors.references import Reference
@@ -65,6 +66,37 @@ def test_our_additions_stand_under_one_key() -> None:
     }
     assert make_recipe(table).subspace.shard_size == 2 * 10**9
     assert make_recipe({**table, "subspace": {"shard_size": "500 MiB"}}).subspace.shard_size == 500 * 2**20
+
+
+ANCHORS = """
+x-shared: &shared {density: 0.5, weight: 0.3}
+x-models:
+  - &first {model: a, parameters: {<<: *shared, weight: 0.7}}
+merge_method: ties
+base_model: base
+models:
+  - *first
+  - model: b
+    parameters:
+      <<: [*shared, {weight: 0.9, gamma: 1}]
+      density: 0.2
+"""
+
+
+def test_anchors_merge_keys_and_helper_keys_are_read_as_by_mergekit() -> None:
+    config = pytest.importorskip("mergekit.config", reason="mergekit is not installed (extra `oracles`)")
+    theirs = config.MergeConfiguration.model_validate(yaml.safe_load(ANCHORS))
+    ours = parse_recipe(ANCHORS)
+    assert [one.parameters for one in ours.models] == [one.parameters for one in theirs.models]
+    assert ours.models[0].parameters == {"density": 0.5, "weight": 0.7}
+    assert "x-" not in ours.to_yaml()
+    assert parse_recipe(ours.to_yaml()) == ours
+    with pytest.raises(RecipeError, match="the key 'weight' is there twice"):
+        parse_recipe(ANCHORS.replace("<<: *shared, weight: 0.7", "<<: *shared, weight: 0.7, weight: 0.8"))
+    with pytest.raises(RecipeError, match=r"unknown key 'shared'.*for anchors may stand under a key that begins with x-"):
+        parse_recipe(ANCHORS.replace("x-shared", "shared"))
+    with pytest.raises(RecipeError, match=r"unknown key 'models\.0\.x-note'"):
+        parse_recipe(ANCHORS.replace("{model: a,", "{model: a, x-note: 1,"))
 
 
 BASE: dict[str, Any] = {"merge_method": "ties", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}]}
@@ -123,6 +155,110 @@ PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
         "models[0].parameters: 'normalize' is one value for all models",
     ),
 }
+
+
+LISTS: dict[str, tuple[Any, str]] = {
+    "empty": ([], "density: [] says no value. Write a number, or leave 'density' out"),
+    "empty in a filter": ([{"filter": "mlp", "value": []}], "density: [] says no value"),
+    "a filter after the value for all": (
+        [{"value": 0.5}, {"filter": "mlp", "value": 0.1}],
+        "density: the filter 'mlp' stands after the value for all tensors (0.5), so nothing comes to it. Move",
+    ),
+    "a filter after a star": (
+        [{"filter": "*", "value": 0.5}, {"filter": "mlp", "value": 0.1}],
+        "density: the filter 'mlp' stands after",
+    ),
+    "two values for all": ([{"value": 0.5}, {"value": 0.1}], "density: the value stands after the value for all tensors (0.5)"),
+}
+
+
+@pytest.mark.parametrize("where", ["parameters", "models[0].parameters"])
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_that_say_nothing_are_refused(case: str, where: str) -> None:
+    setting, message = LISTS[case]
+    own = {"parameters": {"density": setting}}
+    recipe = make_recipe({**BASE, **own} if where == "parameters" else {**BASE, "models": [{"model": "a", **own}]})
+    with pytest.raises(RecipeError) as error:
+        check_parameters(recipe, recipe.method)
+    assert f"{where}: {message}" in str(error.value)
+
+
+FILTERS: dict[str, tuple[list[Any], str | None]] = {
+    "of all kinds": ([{"filter": "mlp", "value": 1}, {"filter": "*", "value": 1}], None),
+    "a typo": ([{"filter": "self_atn", "value": 1}], "filter 'self_atn' is in no tensor's name; did you mean 'self_attn'?"),
+    "of another model": ([{"filter": "experts", "value": 1}], "in no tensor's name; parts of their names are embed_tokens,"),
+    "of a tied head": ([{"filter": "lm_head", "value": 1}], "the base's file has no head of its own. One that is tied"),
+    "behind a wider one": (
+        [{"filter": "mlp", "value": 1}, {"filter": "mlp.up", "value": 2}],
+        "the filter 'mlp.up' is in the names of 5 tensors, and filters before it count for all of them",
+    ),
+    "nothing left for the value for all": ([{"filter": "model.", "value": 1}, {"value": 2}], None),
+}
+
+
+@pytest.mark.parametrize("case", FILTERS)
+def test_a_filter_that_no_tensor_is_left_for_is_refused(case: str) -> None:
+    setting, message = FILTERS[case]
+    recipe = make_recipe({**BASE, "models": [{"model": "a", "parameters": {"weight": setting}}]})
+    if message is None:
+        check_filters(recipe, NAMES)
+        return
+    with pytest.raises(RecipeError) as error:
+        check_filters(recipe, NAMES)
+    assert "models[0].parameters: weight: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_what_a_value_is_used_for() -> None:
+    own = {"weight": [{"filter": "mlp", "value": [0, 1]}, {"filter": "embed", "value": 0.25}], "density": 0.5}
+    shared = {"weight": [{"filter": "q_proj", "value": 3}, {"value": 2.0}], "normalize": True}
+    recipe = make_recipe({**BASE, "models": [{"model": "a", "parameters": own}, {"model": "b"}], "parameters": shared})
+    found = [(use.model, use.parameter, use.text, use.tensors) for use in uses(recipe, recipe.method, NAMES)]
+    assert found == [
+        ("a", "weight", "'mlp': 0, 1 from the first layer to the last", 5),
+        ("a", "weight", "'embed': 0.25", 1),
+        ("a", "weight", "'q_proj': 3", 5),
+        ("a", "weight", "2", 1),
+        ("b", "weight", "'q_proj': 3", 5),
+        ("b", "weight", "2", 7),
+        ("a", "density", "0.5", 12),
+        ("b", "density", "1 (default)", 12),
+        (None, "normalize", "true", 12),
+    ]
+
+
+@pytest.mark.parametrize("name", ["linear", "slerp", "nuslerp", "multislerp", "ties", "della", "breadcrumbs", "sce"])
+@pytest.mark.parametrize("setting", ["none fits", "all", "none fits, but for all models"])
+def test_a_list_without_a_value_for_the_rest_is_mergekits(name: str, setting: str) -> None:
+    """mergekit raises where it demands the parameter, and takes its default for the others."""
+    base = pytest.importorskip("mergekit.merge_methods.registry", reason="mergekit is not installed (extra `oracles`)")
+    resolver = pytest.importorskip("mergekit.parameter_resolver")
+    config = pytest.importorskip("mergekit.config")
+    spec, method = base.get(name).spec, registry.get(name)
+    for theirs in spec.parameters:
+        ours = method.parameter(theirs.name)
+        assert ours.demanded == theirs.required
+        if isinstance(ours.default, bool):
+            continue
+        value = {"lambda": 0.5, "t": 0.5}.get(ours.name, 1)
+        filters = [Condition(value=value, filter="mlp" if setting == "all" else "nothing")]
+        own = {ours.name: [config.ConditionalParameter(value=value, filter=one.filter) for one in filters]}
+        shared = {ours.name: value} if "but for all" in setting else {}
+
+        def resolved(name: str = ours.name, own: Any = own, shared: Any = shared, theirs: Any = theirs) -> Any:
+            return resolver.resolve_parameter(theirs, [own, shared], tensor_name="x.mlp.w")
+
+        tables = ({**shared}, [{ours.name: filters}]) if ours.scope == "model" else ({**shared, ours.name: filters}, [{}])
+        if ours.scope == "global" and shared:
+            continue  # one place only
+        if theirs.required and setting == "none fits":
+            with pytest.raises(RuntimeError, match="Missing required parameter"):
+                resolved()
+            with pytest.raises(ValueError, match=rf"no filter of '{ours.name}' is in its name.*`- value: "):
+                resolve(method, *tables, "x.mlp.w", 0)
+            continue
+        options, (per_model,) = resolve(method, *tables, "x.mlp.w", 0)
+        assert {**options, **per_model}[ours.name] == resolved()
 
 
 @pytest.mark.parametrize("case", PARAMETERS)
@@ -214,6 +350,23 @@ def test_a_models_value_comes_before_the_recipes_and_that_before_the_default() -
     assert [values["weight"] for values in per_model] == [2.0, 3.0]
     assert [values["density"] for values in per_model] == [0.1, 1.0]
     assert resolve(method, {"density": 0.7}, own, "x.attn.w", 0)[1][0]["density"] == 0.7  # no filter fits: the next place
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "turns"),
+    [
+        *[(name, (0.5, -1.0), True) for name in ("linear", "nuslerp", "multislerp", "karcher", "regmean", "fisher", "ties")],
+        *[(name, (1.0, -0.5), name in ("fisher", "ties", "della", "knots")) for name in registry.names()],
+        *[(name, (1.0, 0.5), False) for name in registry.names()],
+    ],
+)
+def test_which_methods_turn_a_negative_weight(name: str, weights: tuple[float, float], turns: bool) -> None:
+    method = registry.get(name)
+    options = {parameter.name: parameter.default for parameter in method.parameters if parameter.scope == "global"}
+    assert turns_signs(method, options, weights, "mergekit") == turns
+    if "majority_sign_method" in options:  # the others count those that agree
+        assert not turns_signs(method, options, weights, "peft")
+    assert not turns_signs(method, {**options, "normalize": False}, weights, "mergekit") or "normalize" not in options
 
 
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(string.printable, max_size=8))

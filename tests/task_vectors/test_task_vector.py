@@ -144,7 +144,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="two bases"):
         a - TaskVector.open(tmp_path / "b", tmp_path / "a")  # of the same header
     MODELS["bert"].model().save_pretrained(tmp_path / "bert")
-    with pytest.raises(InputError, match=r"none of its \d+ tensors is in"):
+    with pytest.raises(InputError, match=r"has 0 of the \d+ tensors of .*of another architecture"):
         TaskVector.open(tmp_path / "bert", tmp_path / "base")
 
 

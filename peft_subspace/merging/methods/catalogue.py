@@ -10,7 +10,7 @@ from peft_subspace.merging.methods.registry import Kind, Method, Parameter, regi
 
 _HERE = "peft_subspace.merging.methods"
 
-WEIGHT = Parameter("weight", 1.0, "model", help="factor of the model")
+WEIGHT = Parameter("weight", 1.0, "model", help="factor of the model", demanded=True)
 STATISTICS = Parameter("statistics", "", "model", help="safetensors file with a statistic for each tensor")
 DENSITY = Parameter("density", 1.0, "model", 0.0, 1.0, help="share of the entries of a delta that is kept")
 LAMBDA = Parameter("lambda", 1.0, help="factor of the merged delta")
@@ -95,7 +95,8 @@ for _method in (
         f"{_HERE}.della:passes", check=checks.chances_inside_0_1, reference=_DELLA, second_axis=("mergekit",),
     ),
     Method(
-        "slerp", "elementwise", "model", f"{_HERE}.spherical:slerp", (Parameter("t", 0.5, help="0: the base, 1: the other"),),
+        "slerp", "elementwise", "model", f"{_HERE}.spherical:slerp", 
+        (Parameter("t", 0.5, help="0: the base, 1: the other", demanded=True),),
         f"{_HERE}.spherical:slerp_passes", maximum=1, reference="Shoemake 1985, Animating rotation with quaternion curves",
     ),
     Method(
@@ -106,6 +107,7 @@ for _method in (
             Parameter("nuslerp_row_wise", False, help="vectors along the first axis instead of the last, if not flat"),
         ),
         f"{_HERE}.spherical:nuslerp_passes", base="optional", minimum=2, maximum=2, reference="mergekit's nuslerp",
+        divides="sum",
     ),
     Method(
         "multislerp", "elementwise", "delta", f"{_HERE}.spherical:multislerp",
@@ -116,7 +118,7 @@ for _method in (
         "karcher", "elementwise", "model", f"{_HERE}.spherical:karcher",
         (WEIGHT, Parameter("max_iter", 10, minimum=0), Parameter("tol", 1e-5, minimum=0.0)),
         f"{_HERE}.spherical:passes", check=checks.weights_do_not_cancel, base="ignored",
-        reference="Karcher mean on the sphere, arXiv:2603.04972",
+        reference="Karcher mean on the sphere, arXiv:2603.04972", divides="sum",
     ),
     Method(
         "model_stock", _model_stock_kind, "delta", f"{_HERE}.model_stock:merge",
@@ -168,13 +170,14 @@ for _method in (
         (WEIGHT, STATISTICS, Parameter("reduction", 0.9, minimum=0.0, maximum=1.0, help="factor of off-diagonal entries")),
         base="ignored", statistics="the Gram matrix [in, in] of each layer's inputs",
         statistics_shape=lambda shape: (shape[1], shape[1]) if len(shape) == 2 else None,
-        reference="RegMean, arXiv:2212.09849", fallback="weighted mean for tensors without a Gram matrix",
+        reference="RegMean, arXiv:2212.09849", fallback="weighted mean for tensors without a Gram matrix", divides="sum",
     ),
     Method(
         "fisher", "elementwise", "model", f"{_HERE}.data:fisher",
         (WEIGHT, STATISTICS, Parameter("floor", 1e-6, minimum=0.0, help="least Fisher information of an entry")),
         base="ignored", statistics="the diagonal Fisher information of each tensor",
         reference="Fisher-weighted averaging, arXiv:2111.09832", fallback="weighted mean for tensors without it",
+        divides="entry",
     ),
 ):  # fmt: skip
     register(_method)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_subspace.merging.methods.registry import Semantics
+from peft_subspace.merging.methods.registry import Method, Semantics
 
 Options = Mapping[str, Any]
 
@@ -18,6 +18,17 @@ def weights_do_not_cancel(
     if (flag is None or options[flag]) and sum(weights) == 0:
         way_out = f"set {flag}: false, or change them" if flag else "change them"
         raise ValueError(f"the weights {', '.join(f'{weight:g}' for weight in weights)} sum to 0; {way_out}")
+
+
+def turns_signs(method: Method, options: Options, weights: Sequence[float], semantics: Semantics) -> bool:
+    """Whether dividing by the weights turns the sign of a negative one back, for all entries or for some of them."""
+    if not any(weight < 0 for weight in weights):
+        return False
+    flag = next((name for name in ("normalize", "normalize_weights") if name in options), None)
+    if flag is not None and "majority_sign_method" in options:
+        return bool(options[flag]) and semantics == "mergekit"  # the others count those that agree
+    divides = method.divides if flag is None else "sum" if options[flag] else ""
+    return divides == "entry" or (divides == "sum" and sum(weights) < 0)
 
 
 def span(given: Options, semantics: Semantics) -> tuple[float, float]:

@@ -40,6 +40,7 @@ class Parameter:
         maximum: Greatest accepted value.
         choices: The accepted values, for a string.
         help: One line.
+        demanded: mergekit demands it. A recipe here may leave it out, but a list of filters must have a value for every tensor.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Parameter:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     help: str = ""
+    demanded: bool = False
 
     def check(self, value: Any) -> Any:
         """Return `value` in the parameter's type, or raise a ValueError that names it and what is accepted."""
@@ -164,6 +166,8 @@ class Method:
         whole_model: Semantics in which the passes go over all tensors of the model together, before any is merged.
         second_axis: Semantics in which a kernel of kind "rows" works along the second of three axes or more. Its rows are
             then whole slices of the first axis, `[slices, rest]`, which `Inputs.shape` tells how to view.
+        divides: How a method without the option `normalize` or `normalize_weights` divides by its weights: by their sum, by
+            the sum of those that take part in an entry, or not.
         learned: For a method that merges by a saved adapter, "module:function" that reads what it learned for one tensor
             (`merging.learned` has the rules); empty for a method that merges by numbers of the recipe.
     """
@@ -185,6 +189,7 @@ class Method:
     fallback: str = ""
     whole_model: tuple[Semantics, ...] = ()
     second_axis: tuple[Semantics, ...] = ()
+    divides: Literal["", "sum", "entry"] = ""
     learned: str = ""
 
     @property
