@@ -180,7 +180,7 @@ def test_a_learned_folder_that_is_none_is_not_replaced_and_says_so(tmp_path: Pat
     for overwrite in (False, True):
         with pytest.raises(OutputError) as error:
             learn(make_recipe(learn_cases.recipe(tmp_path)), tmp_path / "out", overwrite=overwrite)
-        assert "has no learning.json, so it is nothing that was learned" in str(error.value)
+        assert "already exists and holds mine.txt, which peft_subspace did not write" in str(error.value)
         assert "--overwrite" not in str(error.value)
     assert (folder / "mine.txt").is_file()
 
