@@ -97,7 +97,9 @@ def extract_lora(
         if not factors:
             raise InputError(f"{model}: no weight that LoRA has a layer for differs from {base}.")
         tied = {alias: stored for alias, stored in vector.tied.items() if stored in factors}
-        factors |= {alias: factors[stored] for alias, stored in tied.items()}  # LoRA on one of them would leave the others
+        for alias, stored in tied.items():  # LoRA on one of them alone would leave the others as they are
+            factors[alias] = factors[stored]
+            found.ranks[alias], found.errors[alias] = found.ranks[stored], found.errors[stored]
         shapes = {**vector.shapes, **{alias: vector.shapes[stored] for alias, stored in tied.items()}}
         modules = modules_of(factors, source.full.tensors, source.full.config)
         tensors, largest = lora_tensors(factors, shapes, modules, source.full.config)
