@@ -278,6 +278,8 @@ class ConcreteDelta(Delta):
         if self.owner is not self:
             self.owner.prepare(weight, ())
             return
+        if saved is None:
+            self._take_frozen(siblings)
         fixed = not isinstance(self.trained[1], nn.Parameter)
         numbers = (saved or {}).get("coefficients", self.trained[1])
         folds = fixed and not self.by_rank
@@ -290,6 +292,19 @@ class ConcreteDelta(Delta):
         if self.pool is not None:
             found = self.pool.each(self.block)
             self.vectors = [_folded(found, list(self.folded), self.shape, self.config)] if self.folded else list(found)
+
+    @torch.no_grad()
+    def _take_frozen(self, siblings: Sequence[Any]) -> None:
+        """A further adapter of a config that is in use has the same mask and coefficients where it does not train them.
+
+        A copy of the trained values, as of a policy for its reference, then is that adapter.
+        """
+        for other in (sibling.owner for sibling in siblings if self.config.is_like(sibling.config)):
+            for name, buffer in self._buffers.items():
+                theirs = other._buffers.get(name)
+                if buffer is not None and theirs is not None and theirs.shape == buffer.shape:
+                    buffer.copy_(theirs)
+            return
 
     def _masked(self, mask: Mask) -> Masked:
         numbers = None if self.owner.folded else self.values().detach().clone()

@@ -37,7 +37,8 @@ class FloraConfig(SubspaceConfig):
 
     Args:
         r: rank of the channel modes: one number for both, `[r_out, r_in]`, or one rank for every mode of the weight. A number
-            is lowered to the size of a smaller conv channel and to what the other ranks can use; a list is taken as it is.
+            is an upper bound: it is lowered to the size of a smaller mode and to what the other ranks can use, which
+            `lowered_ranks`, the log and the model card say. A list is taken as it is.
         r_spatial: rank of the kernel modes of a convolution, one number (lowered to the kernel's size) or one per mode.
         scale: s; None makes one learning rate suit layers of all widths, see `default_scale`. The official code has 1.
         init_weights: True is the reference (U_n ~ N(0, 1 / (2 r_n)), G = 0); "orthogonal" has orthonormal columns of the same
@@ -83,19 +84,12 @@ def mode_ranks(geometry: Geometry, config: Any) -> list[int]:
     """Rank of every mode of a weight, `[r_out, r_in, *r_kernel]`.
 
     Raises:
-        ValueError: a rank is larger than its mode, or the list has the wrong length.
+        ValueError: a rank of a list is larger than its mode, or the list has the wrong length.
     """
     shape, spatial = geometry.shape, len(geometry.kernel)
     r, r_spatial = config.r, config.r_spatial
     if isinstance(r, int):
-        channels = shape[: len(shape) - spatial]
-        roof = min(channels) if geometry.kind in ("linear", "embedding") else max(channels)
-        if r > roof:
-            raise ValueError(
-                f"r={r} is larger than the weight {list(shape)} allows; accepted are 1 to {roof}. Lower `r`, set this layer's "
-                f"rank with rank_pattern, or leave it out with exclude_modules."
-            )
-        ranks = [min(r, size) for size in channels]
+        ranks = [min(r, size) for size in shape[: len(shape) - spatial]]
     elif len(r) in (len(shape) - spatial, len(shape)):
         ranks = list(r)
     else:
@@ -111,7 +105,8 @@ def mode_ranks(geometry: Geometry, config: Any) -> list[int]:
         ranks += more
     if any(rank > size for rank, size in zip(ranks, shape, strict=True)):
         raise ValueError(
-            f"the ranks {ranks} are larger than the modes {list(shape)} of the weight; each may be at most its mode."
+            f"the ranks {ranks} are larger than the modes {list(shape)} of the weight; in a list each may be at most its mode. "
+            f"A single number is lowered where a layer is smaller; rank_pattern sets the ranks of one layer."
         )
     return tucker.useful_ranks(ranks) if isinstance(r, int) else ranks
 
@@ -140,6 +135,7 @@ class FloraDelta(Delta):
     def __init__(self, geometry: Geometry, config: Any) -> None:
         super().__init__(geometry, config)
         ranks = mode_ranks(geometry, config)
+        self.ceiling: int | None = config.r if isinstance(config.r, int) else None
         self.scale = default_scale(geometry, ranks) if config.scale is None else float(config.scale)
         self.core = nn.Parameter(torch.zeros(ranks, dtype=torch.float32))
         for mode, (size, rank) in enumerate(zip(geometry.shape, ranks, strict=True)):
@@ -151,6 +147,11 @@ class FloraDelta(Delta):
     @classmethod
     def check(cls, geometry: Geometry, config: Any) -> None:
         mode_ranks(geometry, config)
+
+    def lowered(self) -> list[int] | None:
+        ranks, spatial = list(self.core.shape), len(self.geometry.kernel)
+        channels = ranks[: len(ranks) - spatial]
+        return ranks if self.ceiling is not None and any(rank < self.ceiling for rank in channels) else None
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:
@@ -309,6 +310,7 @@ class FloraModel(SubspaceModel):
                 ranks = energy_ranks(gradient, geometry, config.for_layer(key, weight))
             factors = [tucker.leading_directions(gradient, mode, rank) for mode, rank in enumerate(ranks)]
             self._replace(layer, container, key, adapter_name, ranks, factors)
+        self._note_lowered_ranks(adapter_name)
 
     def _replace(
         self, layer: SubspaceLayer, container: str, key: str, adapter_name: str, ranks: list[int], factors: Any
@@ -358,6 +360,7 @@ class FloraModel(SubspaceModel):
                 report[name] = {"before": before, "after": ranks, "error": error}
             if tensors:
                 self._rebuild(layer, key, adapter_name, tensors)
+        self._note_lowered_ranks(adapter_name)
         return report
 
 

@@ -188,6 +188,13 @@ class PelaDelta(Delta):
         core: nn.Parameter | None
         bias: nn.Parameter | None
 
+    def lowered(self) -> list[int] | int | None:
+        given, ranks = self.config.r, self.ranks
+        roofs = (min(self.block.rows, self.block.columns),) if self.block.is_matrix else (self.block.rows, self.block.columns)
+        if not isinstance(given, int) or min(roofs) >= given:
+            return None
+        return ranks[0] if self.block.is_matrix else list(ranks)
+
     @torch.no_grad()
     def _make_random(self) -> None:
         """Like the products of a fresh linear layer: y has the variance of x."""

@@ -89,6 +89,10 @@ class Delta(nn.Module):
         """Config fields that the weight decided, such as `{"r": 93}`; they are recorded so that loading decides nothing."""
         return {}
 
+    def lowered(self) -> list[int] | int | None:
+        """The rank, or ranks, of this weight where it is smaller than the number that the config has; else None."""
+        return None
+
     def _load_from_state_dict(self, *args: Any) -> None:
         self.awaits_weight = False
         super()._load_from_state_dict(*args)

@@ -134,8 +134,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         For an adapter that comes from a file nothing is computed from the weight: the file brings it, or `complete` does.
         """
         self.key = key
-        is_new = not (inference_mode or config.is_from_file or config.awaits_weights is not None)
-
+        is_new = config.was_loaded or not (inference_mode or config.is_from_file or config.awaits_weights is not None)
         for container, (weight, geometry) in self.geometries.items():
             resolved = config.for_layer(key, weight)
             if not self.delta_cls.applies(resolved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .batch_norm import BatchNormLayer, wrap_batch_norms
+from .config import lowered_text
 from .delta import Delta
 from .geometry import Geometry, quantization_backend, read_weight
 from .holders import Holder, find_holder, has_children
@@ -28,6 +30,8 @@ from .loading import PEFT_PREFIX, check_saved_modules, check_state_dict, complet
 from .mixed_batch import adapter_names_passed_on
 from .targets import check_patterns, find_targets, resolve_targets
 from .weighted import add_weighted_adapter
+
+logger = logging.getLogger(__name__)
 
 
 class SubspaceModel(BaseTuner):
@@ -48,6 +52,8 @@ class SubspaceModel(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             self._check_adapter_name(adapter_name)
+            if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+                config.awaits_weights = None  # of an adapter that is there (a copy is to be made of it): no file is to come
             if "trainable_before" not in self.__dict__:
                 self.__dict__["trainable_before"] = [p for p in model.parameters() if p.requires_grad]
             with warnings.catch_warnings():
@@ -60,6 +66,12 @@ class SubspaceModel(BaseTuner):
                 for layer in wrap_batch_norms(model, self.prefix, adapter_name):
                     layer.set_adapter(self.active_adapters)
             self._record_decisions(adapter_name)
+            self._note_lowered_ranks(adapter_name)
+            if config.lowered_ranks and not config.is_from_file:
+                logger.warning(
+                    f"{config.title}: a number as rank is an upper bound, lowered to fit {lowered_text(config.lowered_ranks)}. "
+                    f"All of them are in the config's `lowered_ranks`; `rank_pattern` sets the rank of one layer."
+                )
             self._keep_from_ddp(model)
         except Exception:
             remove_adapter(self, adapter_name)
@@ -74,6 +86,15 @@ class SubspaceModel(BaseTuner):
                 for pattern, name in config.patterns.items():
                     if name in delta.decided():
                         getattr(config, pattern)[exact] = delta.decided()[name]
+
+    def _note_lowered_ranks(self, adapter_name: str) -> None:
+        """Write into the config, for its reader and the model card, which weights are smaller than the rank of the config."""
+        self.peft_config[adapter_name].lowered_ranks = {
+            key if len(layer.geometries) == 1 else f"{key}.{layer.geometries[container][0]}": rank
+            for key, layer in self.named_subspace_layers()
+            for container, delta in layer.deltas(adapter_name).items()
+            if (rank := delta.lowered()) is not None
+        }
 
     @staticmethod
     def _keep_from_ddp(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ def add_weighted_adapter(
     config.awaits_weights, config.is_from_file = None, False
     config.target_modules, config.target_parameters = set(), None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the targets are named one by one
+    config.lowered_ranks = {}
     for pattern in config.patterns:
         setattr(config, pattern, {})
     layers = [
