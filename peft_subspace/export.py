@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -17,13 +18,26 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .base import Geometry, SubspaceLayer
+from .base.active import chosen_adapter
 from .base.batch_norm import BatchNormLayer
 from .base.targets import exact_targets
 
+logger = logging.getLogger(__name__)
 PEFT_PREFIX = "base_model.model."
 
 
-def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+class _Lora(NamedTuple):
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+
+class LoraExport(_Lora):
+    """A LoRA adapter as PEFT would save it, `(config, tensors)`; `adapter_name` says which adapter was exported."""
+
+    adapter_name: str
+
+
+def to_lora(model: nn.Module, adapter_name: str | None = None) -> LoraExport:
     """The same update as a LoRA adapter of plain PEFT: exact, no SVD.
 
     All layers get one rank, the largest; the others are padded with zeros, because serving engines do not read
@@ -32,18 +46,18 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
 
     Args:
         model: a PeftModel, or a transformers model with adapters.
-        adapter_name: which adapter.
+        adapter_name: which adapter; None for the active one.
 
     Returns:
-        The config and the tensors, as PEFT would save them.
+        The config and the tensors, as PEFT would save them; its `adapter_name` is the adapter's.
 
     Raises:
-        ValueError: an adapter that is not there, or a layer that PEFT's LoRA cannot express, by name.
+        ValueError: an adapter that is not there, several active ones and none named, or a layer that PEFT's LoRA cannot
+            express, by name.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if config is None:
-        raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(getattr(model, 'peft_config', {}))}.")
+    adapter_name = chosen_adapter(model, adapter_name)
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # layer -> (weight -> A, B)
     layers: dict[str, nn.Module] = {}
     saved: dict[str, dict[str, Tensor]] = {}
@@ -73,17 +87,27 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         task_type=config.task_type,
         inference_mode=True,
     )
-    return lora_config, {PEFT_PREFIX + key: tensor.detach().clone().contiguous() for key, tensor in state_dict.items()}
+    tensors = {PEFT_PREFIX + key: tensor.detach().clone().contiguous() for key, tensor in state_dict.items()}
+    exported = LoraExport(lora_config, tensors)
+    exported.adapter_name = adapter_name
+    return exported
 
 
-def save_as_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Write `to_lora(model)` as a folder that `PeftModel.from_pretrained` loads without this package."""
-    lora_config, state_dict = to_lora(model, adapter_name)
+def save_as_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> str:
+    """Write `to_lora(model)` as a folder that `PeftModel.from_pretrained` loads without this package.
+
+    Returns:
+        The name of the adapter, which the log says too.
+    """
+    exported = to_lora(model, adapter_name)
+    lora_config, state_dict = exported
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
     save_file(state_dict, path + ".partial", metadata={"format": "pt"})
     os.replace(path + ".partial", path)
     lora_config.save_pretrained(os.fspath(directory))
+    logger.info(f"The adapter {exported.adapter_name!r} was saved as LoRA in {os.fspath(directory)}.")
+    return exported.adapter_name
 
 
 def _layer_factors(name: str, layer: SubspaceLayer, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:

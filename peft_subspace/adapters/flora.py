@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
+from ..base.active import OfAdapter
 from ..base.config import find_pattern
 from ..base.convolution import add_low_rank_convolution
 from ..base.delta import Weight
@@ -285,7 +286,7 @@ class FloraModel(SubspaceModel):
         self,
         batches: Iterable[Any],
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         layers_at_once: int | None = None,
     ) -> None:
         """Fill the factors with the leading directions of the mean gradient dL/dW (HOSVD); the core stays zero.
@@ -295,12 +296,13 @@ class FloraModel(SubspaceModel):
         Args:
             batches: a few batches; gone through once for every `layers_at_once` layers.
             loss_fn: `(model, batch) -> loss`; None calls `model(**batch).loss`.
-            adapter_name: the adapter; trained values of it are lost.
+            adapter_name: the adapter, None for the active one; trained values of it are lost.
             layers_at_once: how many weights may hold a gradient at a time; None for all (memory of the adapted weights).
 
         Raises:
             ValueError: a quantised layer (it has no gradient), or no gradient reached a layer.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = copy.deepcopy(self.config_of(adapter_name))  # the ranks that are found must not match other layers
         for key, layer, container, gradient in mean_gradients(self, batches, loss_fn, adapter_name, layers_at_once):
             weight, geometry = layer.geometries[container]
@@ -335,20 +337,20 @@ class FloraModel(SubspaceModel):
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 
-    def prune(self, adapter_name: str = "default", tolerance: float = 0.01) -> dict[str, dict[str, Any]]:
+    def prune(self, adapter_name: str | None = None, tolerance: float = 0.01) -> OfAdapter:
         """Lower the ranks of a trained adapter as far as the relative error of each dW allows.
 
         Args:
-            adapter_name: the adapter; the optimizer must be made anew afterwards.
+            adapter_name: the adapter, None for the active one; the optimizer must be made anew afterwards.
             tolerance: allowed ||dW - dW'|| / ||dW|| per weight, in (0, 1).
 
         Returns:
-            weight name -> `{"before": ranks, "after": ranks, "error": relative error made}`.
+            weight name -> `{"before": ranks, "after": ranks, "error": relative error made}`; its `adapter_name` says of which.
         """
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance={tolerance} is a relative error: it must be between 0 and 1.")
-        config = self.config_of(adapter_name)
-        report = {}
+        adapter_name = self.chosen_adapter(adapter_name)
+        config, report = self.config_of(adapter_name), OfAdapter(adapter_name)
         for key, layer in self.named_subspace_layers():
             tensors = {}
             for container, delta in layer.deltas(adapter_name).items():

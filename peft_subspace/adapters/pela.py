@@ -395,7 +395,7 @@ class PelaModel(SubspaceModel):
         self,
         batches: Iterable[Any],
         forward: Callable[[nn.Module, Any], Any] | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         layers_at_once: int | None = None,
     ) -> None:
         """Make the factors anew, best for the inputs that the layers of the base model get; biases take up the mean error.
@@ -408,12 +408,13 @@ class PelaModel(SubspaceModel):
         Args:
             batches: a few hundred samples; gone through once for every `layers_at_once` layers.
             forward: `(model, batch) -> anything`; None calls `model(**batch)`.
-            adapter_name: the adapter; trained values of it are lost.
+            adapter_name: the adapter, None for the active one; trained values of it are lost.
             layers_at_once: how many layers gather their moments at a time (8 in^2 bytes each); None for all.
 
         Raises:
             ValueError: no batches, or a layer that none of them reached.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = self.config_of(adapter_name)
         for key, layer, moments in input_moments(self, batches, forward, adapter_name, layers_at_once):
             for container, delta in layer.deltas(adapter_name).items():

@@ -458,16 +458,17 @@ class SvfitModel(SubspaceModel):
         needed = config.svd == "lowrank" or any(geometry.quantized for geometry in geometries.values())
         config.save_basis = needed or (config.r != "full" and size <= SMALL)
 
-    def keep_basis(self, adapter_name: str = "default", keep: bool = True) -> None:
+    def keep_basis(self, adapter_name: str | None = None, keep: bool = True) -> None:
         """Decide anew whether saving writes the basis, for an adapter that is loaded.
 
         Args:
-            adapter_name: the adapter.
+            adapter_name: the adapter, None for the active one.
             keep: True makes the file independent of the base's bits (another dtype, a quantised base); False makes it small.
 
         Raises:
             ValueError: a low-rank basis, which cannot be made again.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = self.config_of(adapter_name)
         if not keep and config.svd == "lowrank":
             raise ValueError("svd='lowrank' finds another subspace each time: its basis must be in the file.")

@@ -19,6 +19,7 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .active import chosen_adapter
 from .batch_norm import BatchNormLayer, wrap_batch_norms
 from .config import lowered_text
 from .delta import Delta
@@ -252,9 +253,11 @@ class SubspaceModel(BaseTuner):
         Raises:
             ValueError: there is none of that name; says which there are.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(self.peft_config)}. Pass adapter_name=...")
-        return self.peft_config[adapter_name]
+        return self.peft_config[chosen_adapter(self, adapter_name)]
+
+    def chosen_adapter(self, adapter_name: str | None = None) -> str:
+        """The name of the adapter that is meant, the active one where it is None; see `base.active`."""
+        return chosen_adapter(self, adapter_name)
 
     @staticmethod
     def base_weight(model: nn.Module, name: str, weight: str) -> Tensor:
