@@ -66,7 +66,7 @@ def to_lora(model: nn.Module, adapter_name: str | None = None) -> LoraExport:
             factors[name] = _layer_factors(name, module, adapter_name)
             layers[name] = module.get_base_layer()
         elif isinstance(module, BatchNormLayer) and module.has_adapter(adapter_name):
-            statistics = getattr(module, module.container)[adapter_name].state_dict()
+            statistics = module.statistics()[adapter_name].state_dict()
             saved[name] = {**module.base_layer.state_dict(), **statistics}
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             saved[name] = module.adapter_state_dict(adapter_name, module.state_dict())  # type: ignore[call-arg]

@@ -127,6 +127,12 @@ class Delta(nn.Module):
         return False
 
     @property
+    def only_adds(self) -> bool:
+        """Whether the update is added to the layer's output, whatever that was made of."""
+        by_itself = not (self.takes_over or self.replaces_base or self.geometry.reads_own_weight)
+        return by_itself and (not self.composes_weight or self.adds)
+
+    @property
     def trained(self) -> tuple[Tensor, ...]:
         """The tensors that the composed weight depends on."""
         return tuple(self.parameters())

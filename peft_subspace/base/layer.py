@@ -248,6 +248,22 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 f"layer. Activate, or merge, one at a time."
             )
 
+    def _refuse_other_kinds(self, names: Sequence[str]) -> None:
+        """An adapter that only adds to the output may be active around one of another kind; what changes the weight may not."""
+        adapters = [delta for name in names for delta in self.deltas(name).values()]
+        inner: Any = self.base_layer
+        if not isinstance(inner, BaseTunerLayer) or all(delta.only_adds for delta in adapters):
+            return
+        while isinstance(inner, BaseTunerLayer):
+            here = set(inner.active_adapters) & inner._get_available_adapters()
+            other = getattr(inner, "method", None) != self.method  # wrappers of several parameters of one module are nested too
+            if other and here and not inner.disable_adapters:
+                raise ValueError(
+                    f"{list(names)} and {sorted(here)} are active on one {self._get_name()} ({self.key}) and are of different "
+                    f"kinds, of which {self.method} changes the weight that the other one acts on. Activate one at a time."
+                )
+            inner = inner.base_layer  # type: ignore[attr-defined]
+
     def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run each adapter's samples together and put the results back in order."""
         batch = len(x)

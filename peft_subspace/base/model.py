@@ -156,16 +156,32 @@ class SubspaceModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            self._refuse_other_kind(find_holder(target, parameter_name) or target, current_key)
         beside = self.delta_cls.composes_weight and parameter_name is not None and has_children(target)
-        if beside and not isinstance(target, SubspaceLayer):
+        if beside and not isinstance(target, BaseTunerLayer):
             self._hold(peft_config, adapter_name, target, current_key, parameter_name)
             return
-        known = isinstance(target, SubspaceLayer) and getattr(target, "parameter_name", None) == parameter_name
+        known = (
+            isinstance(target, SubspaceLayer)
+            and target.method == self.prefix.rstrip("_")  # transformers takes several kinds on one model, one around the other
+            and getattr(target, "parameter_name", None) == parameter_name
+        )
         layer: Any = target if known else self._wrap(target, parameter_name)
         layer.update_layer(adapter_name, peft_config, current_key, inference_mode=peft_config.inference_mode)
         if not known:
             layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
             setattr(parent, target_name, layer)
+
+    def _refuse_other_kind(self, module: nn.Module, key: str) -> None:
+        """A wrapper of a parameter is found again by the parameter's name alone, whatever its kind."""
+        while isinstance(module, BaseTunerLayer):
+            if getattr(module, "method", None) != self.prefix.rstrip("_"):
+                raise ValueError(
+                    f"{key}: the adapters {sorted(module._get_available_adapters())} on this module are of another kind "
+                    f"({module._get_name()}). Delete them first, or leave the parameter out of target_parameters."
+                )
+            module = module.base_layer  # type: ignore[assignment]
 
     def _hold(self, config: Any, adapter_name: str, owner: nn.Module, key: str, parameter_name: Any) -> None:
         holder = known = find_holder(owner, parameter_name)
