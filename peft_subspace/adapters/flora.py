@@ -332,6 +332,7 @@ class FloraModel(SubspaceModel):
         for container, delta in layer.deltas(adapter_name).items():
             old = before[container]
             tensors[container]["core"] = tensors[container]["core"] * (old.scale / delta.scale)  # it depends on the ranks
+            delta.multiplier = old.multiplier
             delta.to(old.core.dtype).requires_grad_(old.core.requires_grad)
         layer.load_tensors(adapter_name, tensors)
         for parameter, flag in flags.items():

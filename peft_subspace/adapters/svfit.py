@@ -339,6 +339,7 @@ class SvfitDelta(Delta):
         where there are more. The base layer is called as it is, also a quantised one. Keeps `[n, r]` for backward, not x.
         """
         geometry, z = self.geometry, self.relative()
+        z = z if self.multiplier == 1 else z * self.multiplier
         dropout = self.dropout if self.training else 0.0
         if geometry.kind == "linear":
             form = self._form(base_layer, x, dropout)

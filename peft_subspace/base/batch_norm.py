@@ -62,6 +62,15 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter has statistics here."""
         return adapter_name in self.statistics()
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Statistics have no scale: nothing happens. Code that scales all adapted layers calls it."""
+
+    def scale_layer(self, scale: float) -> None:
+        """See `set_scale`."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """See `set_scale`."""
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if self.has_adapter(adapter_name):
             self.statistics()[adapter_name].to(device or self.base_layer.running_mean.device)

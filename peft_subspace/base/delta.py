@@ -43,6 +43,8 @@ class Delta(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.dropout = config.dropout
+        # m of W + m dW, which users set (`set_scale`). The layer takes care of it, but for `call`, which does so by itself.
+        self.multiplier = 1.0
         self.awaits_weight = False  # made new on a base whose weights are on the meta device
 
     @classmethod
@@ -116,7 +118,7 @@ class Delta(nn.Module):
         return self.call(*args, **kwargs)
 
     def call(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's whole output; only for `takes_over` and `replaces_base`."""
+        """The layer's whole output, of W + `multiplier` dW; only for `takes_over`, and without it for `replaces_base`."""
         raise NotImplementedError
 
     # Only for `composes_weight` -----------------------------------------------------------------------------------------

@@ -56,10 +56,11 @@ def add_updates(deltas: list[Delta], x: Tensor, y0: Tensor) -> Tensor:
     out = y0
     with without_autocast(out):  # an update is in the dtype of the output: autocast would turn that of an embedding
         for delta in deltas:
-            if delta.geometry.kind == "embedding":
-                out = delta(x, y0, out)
+            given = x if delta.geometry.kind == "embedding" else delta.dropped(x, out)
+            if delta.multiplier == 1:
+                out = delta(given, y0, out)
             else:
-                out = delta(delta.dropped(x, out), y0, out)
+                out = torch.add(out, delta(given, y0, torch.zeros_like(out)), alpha=delta.multiplier)
     return out
 
 

@@ -57,7 +57,8 @@ def _combine_layer(tuner: Any, key: str, layer: Any, weights: dict[str, float], 
         if not found:
             continue
         deltas = [layer.deltas(name)[container] for name in found]
-        fields, tensors[container] = tuner.delta_cls.combine(deltas, [weights[name] for name in found])
+        factors = [weights[name] * delta.multiplier for name, delta in zip(found, deltas, strict=True)]
+        fields, tensors[container] = tuner.delta_cls.combine(deltas, factors)
         exact = key if len(layer.geometries) == 1 else f"{key}.{weight}"
         for pattern, field in config.patterns.items():
             getattr(config, pattern).update({exact: fields[field]} if field in fields else {})
