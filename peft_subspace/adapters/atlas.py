@@ -54,6 +54,7 @@ class AtlasConfig(PooledConfig):
     method: ClassVar[str] = "ATLAS"
     title: ClassVar[str] = "aTLAS"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.02880"
+    recommended_learning_rate: ClassVar[float] = 1e-2
     granularity: Literal["task", "block", "row", "column", "partition"] = field(
         default="block", metadata={"help": "What has a coefficient of its own."}
     )

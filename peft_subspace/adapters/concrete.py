@@ -64,6 +64,7 @@ class ConcreteConfig(PooledConfig):
     method: ClassVar[str] = "CONCRETE"
     title: ClassVar[str] = "Concrete"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.06173"
+    recommended_learning_rate: ClassVar[float] = 1e-3
 
     granularity: Literal["element", "row", "column", "rank"] = field(
         default="element", metadata={"help": "What has a logit of its own."}

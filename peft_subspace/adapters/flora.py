@@ -53,6 +53,7 @@ class FloraConfig(SubspaceConfig):
     method: ClassVar[str] = "FLORA"
     title: ClassVar[str] = "FLoRA"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.14739"
+    recommended_learning_rate: ClassVar[float] = 1e-2
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "scale_pattern": "scale"}
 
     r: int | list[int] = field(default=8, metadata={"help": "Rank of the channel modes: a number, [r_out, r_in] or all modes."})

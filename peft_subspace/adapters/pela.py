@@ -64,6 +64,7 @@ class PelaConfig(SubspaceConfig):
     method: ClassVar[str] = "PELA"
     title: ClassVar[str] = "PELA"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.10700"
+    recommended_learning_rate: ClassVar[float] = 3e-4
 
     compression: float | None = field(default=None, metadata={"help": "How many times fewer parameters."})
     allocation: Literal["uniform", "global"] = field(default="uniform", metadata={"help": "Ratio per layer, or shared."})

@@ -71,6 +71,7 @@ class SvfitConfig(SubspaceConfig):
     method: ClassVar[str] = "SVFIT"
     title: ClassVar[str] = "SVFit"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.05926"
+    recommended_learning_rate: ClassVar[float] = 0.1
 
     r: int | Literal["full"] | None = field(default=None, metadata={"help": "Number of trained singular values, or 'full'."})
     energy: float | None = field(default=None, metadata={"help": "Choose r by the share of the squared norm."})

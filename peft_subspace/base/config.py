@@ -50,6 +50,9 @@ class SubspaceConfig(PeftConfig):
     method: ClassVar[str]
     paper: ClassVar[str]
     title: ClassVar[str]
+    # Rate of Adam to start with, for what the adapter trains (a trained head may want another). Trainer's own, 5e-5, is made
+    # for whole models and leaves most adapters where they began. The method's page in docs/ says where the figure comes from.
+    recommended_learning_rate: ClassVar[float]
     # {pattern field: the field that it overrides for one layer}
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
     # Set on a config that was read from a file until the weights beside it are loaded: if they do not fit, the adapter
