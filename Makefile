@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup quickstart test conformance quantised zero kernels gpu lint types bench clean
+.PHONY: help setup quickstart test conformance versions quantised zero kernels gpu lint types bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,20 @@ test: setup ## run the tests
 
 conformance: setup ## run PEFT's own test-suite against our configs
 	$(BIN)/python tests/conformance/run.py -n 2
+
+# A machine with the older builds of torch can test its lowest version too: make versions TORCH_LOWEST=2.6.0
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_LOWEST ?= $(TORCH)
+
+versions: setup ## a sample of the tests with the lowest and the newest allowed versions, in environments of their own (slow)
+	test -d $(VENV)-lowest || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install -q --disable-pip-version-check -e . 'torch==$(TORCH_LOWEST)' pytest pytest-xdist \
+		-c tests/versions/lowest.txt 2>&1 | { grep -v 'is ignored' || true; }
+	$(VENV)-lowest/bin/python -m pytest -q tests/versions
+	test -d $(VENV)-newest || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e . \
+		'torch==$(TORCH)' pytest pytest-xdist diffusers 2>&1 | { grep -v 'is ignored' || true; }
+	$(VENV)-newest/bin/python -m pytest -q tests/versions tests/contract/test_scale.py -k 'not test_scale or diffusers'
 
 quantised: setup ## the tests on quantised bases, in an environment of their own
 	test -d $(VENV)-quantised || $(PYTHON) -m venv $(VENV)-quantised

@@ -6,8 +6,9 @@
     accelerate launch examples/finetune.py --task causal-lm --model <Hub id> --dataset my_text.txt --output_dir outputs/lm
 
 Models and data sets are Hub ids, local paths, or one of the names in assets.py that install without a Hub. All fields of
-transformers' `TrainingArguments` are accepted (`--learning_rate`, `--num_train_epochs`, `--bf16`, `--seed`, ...); with
-`--push_to_hub --hub_model_id me/name` the adapter is pushed.
+transformers' `TrainingArguments` are accepted (`--learning_rate`, `--num_train_epochs`, `--bf16`, `--seed`, ...); the learning
+rate is the one that the method recommends where none is given. With `--push_to_hub --hub_model_id me/name` the adapter is
+pushed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from transformers import (
 
 import peft_subspace  # noqa: F401  # registers FLORA with PEFT
 
+LORAS_RATE = 2e-3  # for PEFT's own methods, which recommend none: LoRA's best, or near it, in benchmarks/README.md
 TASK_TYPES = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "image-classification": None}
 
 
@@ -63,6 +65,13 @@ class ExampleArguments:
     train_rows: int | None = field(default=None, metadata={"help": "Use only so many rows to train on."})
     hold_out: bool = field(default=False, metadata={"help": "Evaluate on a tenth of train, not on test (to choose settings)."})
     eval_rows: int | None = field(default=None, metadata={"help": "Use only so many rows to evaluate on."})
+
+
+@dataclass
+class Training(TrainingArguments):
+    """transformers' arguments, but for the learning rate: its default is made for whole models and teaches adapters nothing."""
+
+    learning_rate: float | None = field(default=None, metadata={"help": "Of the optimizer; default: the method's own."})
 
 
 def load_rows(arguments: ExampleArguments) -> DatasetDict:
@@ -204,7 +213,11 @@ def finetune(arguments: ExampleArguments, training: TrainingArguments) -> tuple[
 
 def main() -> None:
     """Read the command line and train."""
-    arguments, training = HfArgumentParser((ExampleArguments, TrainingArguments)).parse_args_into_dataclasses()
+    arguments, training = HfArgumentParser((ExampleArguments, Training)).parse_args_into_dataclasses()
+    if training.learning_rate is None:
+        config = adapter_config(arguments)
+        training.learning_rate = getattr(config, "recommended_learning_rate", LORAS_RATE)
+        print(f"Learning rate {training.learning_rate:g}, as recommended for {arguments.method}; --learning_rate sets another.")
     finetune(arguments, training)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -12,20 +13,34 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .base import Geometry, SubspaceLayer
+from .base.active import chosen_adapter
 from .base.batch_norm import BatchNormLayer
 from .base.targets import exact_targets
 from .task_vectors.output_folder import new_folder
 from .task_vectors.places import RECORD, check_place
+from .whole_files import write_whole
 
+logger = logging.getLogger(__name__)
 PEFT_PREFIX = "base_model.model."
 
 
-def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+class _Lora(NamedTuple):
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+
+class LoraExport(_Lora):
+    """A LoRA adapter as PEFT would save it, `(config, tensors)`; `adapter_name` says which adapter was exported."""
+
+    adapter_name: str
+
+
+def to_lora(model: nn.Module, adapter_name: str | None = None) -> LoraExport:
     """The same update as a LoRA adapter of plain PEFT: exact, no SVD.
 
     All layers get one rank, the largest; the others are padded with zeros, because serving engines do not read
@@ -34,18 +49,18 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
 
     Args:
         model: a PeftModel, or a transformers model with adapters.
-        adapter_name: which adapter.
+        adapter_name: which adapter; None for the active one.
 
     Returns:
-        The config and the tensors, as PEFT would save them.
+        The config and the tensors, as PEFT would save them; its `adapter_name` is the adapter's.
 
     Raises:
-        ValueError: an adapter that is not there, or a layer that PEFT's LoRA cannot express, by name.
+        ValueError: an adapter that is not there, several active ones and none named, or a layer that PEFT's LoRA cannot
+            express, by name.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if config is None:
-        raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(getattr(model, 'peft_config', {}))}.")
+    adapter_name = chosen_adapter(model, adapter_name)
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # layer -> (weight -> A, B)
     layers: dict[str, nn.Module] = {}
     saved: dict[str, dict[str, Tensor]] = {}
@@ -54,7 +69,7 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
             factors[name] = _layer_factors(name, module, adapter_name)
             layers[name] = module.get_base_layer()
         elif isinstance(module, BatchNormLayer) and module.has_adapter(adapter_name):
-            statistics = getattr(module, module.container)[adapter_name].state_dict()
+            statistics = module.statistics()[adapter_name].state_dict()
             saved[name] = {**module.base_layer.state_dict(), **statistics}
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             saved[name] = module.adapter_state_dict(adapter_name, module.state_dict())  # type: ignore[call-arg]
@@ -75,30 +90,39 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         task_type=config.task_type,
         inference_mode=True,
     )
-    return lora_config, {PEFT_PREFIX + key: tensor.detach().clone().contiguous() for key, tensor in state_dict.items()}
+    tensors = {PEFT_PREFIX + key: tensor.detach().clone().contiguous() for key, tensor in state_dict.items()}
+    exported = LoraExport(lora_config, tensors)
+    exported.adapter_name = adapter_name
+    return exported
 
 
 def save_as_lora(
-    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default", *, overwrite: bool = True
-) -> None:
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None, *, overwrite: bool = True
+) -> str:
     """Write `to_lora(model)` as a folder that `PeftModel.from_pretrained` loads without this package.
 
     Args:
         model: a PeftModel, or a transformers model with adapters.
         directory: the folder to make; it appears when it is whole.
-        adapter_name: which adapter.
+        adapter_name: which adapter; the active one by default.
         overwrite: replace an earlier result of this package, as `save_pretrained` does. Nothing else is ever replaced.
+
+    Returns:
+        The name of the adapter, which the log says too.
 
     Raises:
         ValueError: as `to_lora` says.
-        OutputError: the folder is there with files that this package did not write, or it cannot be written.
+        OutputError: the folder already exists with files that this package did not write, or it cannot be written.
     """
     place = check_place(directory, overwrite=overwrite)
-    lora_config, state_dict = to_lora(model, adapter_name)
+    exported = to_lora(model, adapter_name)
+    lora_config, state_dict = exported
     names = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, RECORD)
     with new_folder(place, "export", names, overwrite=overwrite) as folder:
-        save_file(state_dict, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        write_whole(folder / SAFETENSORS_WEIGHTS_NAME, save(state_dict, metadata={"format": "pt"}))
         lora_config.save_pretrained(os.fspath(folder))
+    logger.info(f"The adapter {exported.adapter_name!r} was saved as LoRA in {os.fspath(directory)}.")
+    return exported.adapter_name
 
 
 def _layer_factors(name: str, layer: SubspaceLayer, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Delta, Geometry
+from ..base.active import OfAdapter
 from ..base.delta import Weight
 from ..functional import composition
 from ..functional.choices import CHOICES, MAX_PARTS, Constraint
@@ -53,6 +54,7 @@ class AtlasConfig(PooledConfig):
     method: ClassVar[str] = "ATLAS"
     title: ClassVar[str] = "aTLAS"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.02880"
+    recommended_learning_rate: ClassVar[float] = 1e-2
     granularity: Literal["task", "block", "row", "column", "partition"] = field(
         default="block", metadata={"help": "What has a coefficient of its own."}
     )
@@ -301,9 +303,10 @@ class AtlasModel(PooledModel):
     prefix = "atlas_"
     delta_cls = AtlasDelta
 
-    def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
+    def coefficients(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Name of every block -> its coefficients `[T]` or `[T, K]`, detached; rows in the order of `config.vector_names`."""
-        return {delta.block: delta.values().detach().clone() for delta in self.deltas(adapter_name)}
+        adapter_name = self.chosen_adapter(adapter_name)
+        return OfAdapter(adapter_name, ((d.block, d.values().detach().clone()) for d in self.deltas(adapter_name)))
 
     def coefficient_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer groups: the coefficients with a rate of their own, then whatever else is trained.

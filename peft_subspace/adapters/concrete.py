@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Delta, Geometry
+from ..base.active import OfAdapter
 from ..base.delta import Weight
 from ..base.kinds import OwnWeightLayer
 from ..functional import composition
@@ -63,6 +64,7 @@ class ConcreteConfig(PooledConfig):
     method: ClassVar[str] = "CONCRETE"
     title: ClassVar[str] = "Concrete"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.06173"
+    recommended_learning_rate: ClassVar[float] = 1e-3
 
     granularity: Literal["element", "row", "column", "rank"] = field(
         default="element", metadata={"help": "What has a logit of its own."}
@@ -278,6 +280,8 @@ class ConcreteDelta(Delta):
         if self.owner is not self:
             self.owner.prepare(weight, ())
             return
+        if saved is None:
+            self._take_frozen(siblings)
         fixed = not isinstance(self.trained[1], nn.Parameter)
         numbers = (saved or {}).get("coefficients", self.trained[1])
         folds = fixed and not self.by_rank
@@ -290,6 +294,19 @@ class ConcreteDelta(Delta):
         if self.pool is not None:
             found = self.pool.each(self.block)
             self.vectors = [_folded(found, list(self.folded), self.shape, self.config)] if self.folded else list(found)
+
+    @torch.no_grad()
+    def _take_frozen(self, siblings: Sequence[Any]) -> None:
+        """A further adapter of a config that is in use has the same mask and coefficients where it does not train them.
+
+        A copy of the trained values, as of a policy for its reference, then is that adapter.
+        """
+        for other in (sibling.owner for sibling in siblings if self.config.is_like(sibling.config)):
+            for name, buffer in self._buffers.items():
+                theirs = other._buffers.get(name)
+                if buffer is not None and theirs is not None and theirs.shape == buffer.shape:
+                    buffer.copy_(theirs)
+            return
 
     def _masked(self, mask: Mask) -> Masked:
         numbers = None if self.owner.folded else self.values().detach().clone()
@@ -492,14 +509,16 @@ class ConcreteModel(PooledModel):
         """Those with tensors of their own."""
         return [delta for delta in self.deltas(adapter_name) if delta.owner is delta]
 
-    def sample_mask(self, mode: bool, adapter_name: str = "default") -> None:
+    def sample_mask(self, mode: bool, adapter_name: str | None = None) -> None:
         """Sample the mask as in training, or not, whatever mode the rest of the model (its dropout) is in."""
+        adapter_name = self.chosen_adapter(adapter_name)
         for delta in self.deltas(adapter_name):
             delta.train(mode)
         self._forget_weights()
 
-    def freeze_mask(self, adapter_name: str = "default") -> None:
+    def freeze_mask(self, adapter_name: str | None = None) -> None:
         """End the training of the logits: from now on the evaluation mask is used in training too, for the coefficients."""
+        adapter_name = self.chosen_adapter(adapter_name)
         self.config_of(adapter_name).train_mask = False
         for delta in self._deltas(adapter_name):
             delta.learns_mask = delta.config.train_mask = False
@@ -509,12 +528,13 @@ class ConcreteModel(PooledModel):
                 delta.register_buffer("logits", logits.detach())
         self._forget_weights()
 
-    def set_eval_mask(self, kind: str, adapter_name: str = "default") -> None:
+    def set_eval_mask(self, kind: str, adapter_name: str | None = None) -> None:
         """Change the mask outside of training: "mean", "sample" or "hard", as `eval_mask` of the config.
 
         Raises:
             ValueError: another kind, or one that needs logits where only hard bits are there or will be saved.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = self.config_of(adapter_name)
         if config.save_mask == "hard" and kind != "hard":
             raise ValueError(
@@ -528,13 +548,14 @@ class ConcreteModel(PooledModel):
             each.eval_mask = kind
         self._forget_weights()
 
-    def save_mask_as(self, kind: str, adapter_name: str = "default") -> None:
+    def save_mask_as(self, kind: str, adapter_name: str | None = None) -> None:
         """Change what the file will have, for a smaller one; the model evaluates by what is left, so that a loaded one agrees.
 
         Args:
             kind: "float32", "bfloat16" or "hard", as `save_mask` of the config; "hard" sets `eval_mask="hard"` too.
-            adapter_name: the adapter.
+            adapter_name: the adapter, None for the active one.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = self.config_of(adapter_name)
         if config.has_bits:
             raise ValueError(
@@ -550,17 +571,18 @@ class ConcreteModel(PooledModel):
             if isinstance(layer, OwnWeightLayer):
                 layer.forget_weights()
 
-    def coefficients(self, adapter_name: str = "default") -> dict[str, Tensor]:
+    def coefficients(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Name of every parameter -> lambda `[T]`, detached; in the order of `config.vector_names`."""
-        return {delta.block: delta.values().detach().clone() for delta in self._deltas(adapter_name)}
+        adapter_name = self.chosen_adapter(adapter_name)
+        return OfAdapter(adapter_name, ((d.block, d.values().detach().clone()) for d in self._deltas(adapter_name)))
 
     @torch.no_grad()
-    def save_masked_vectors(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> dict[str, str]:
+    def save_masked_vectors(self, folder: str | os.PathLike[str], adapter_name: str | None = None) -> dict[str, str]:
         """Write m / mean(m) * tau_t of every task vector as a task-vector file: for TIES and other recipes, and for aTLAS.
 
         Args:
             folder: where; each file appears when it is whole.
-            adapter_name: the adapter; its evaluation mask is taken.
+            adapter_name: the adapter, None for the active one; its evaluation mask is taken.
 
         Returns:
             Name of the vector -> its file, a pool for another config.
@@ -568,6 +590,7 @@ class ConcreteModel(PooledModel):
         Raises:
             ValueError: the mask is on directions of factors, not on entries.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = self.config_of(adapter_name)
         deltas = self._deltas(adapter_name)
         if any(delta.by_rank for delta in deltas):
@@ -582,14 +605,19 @@ class ConcreteModel(PooledModel):
         return found
 
     @torch.no_grad()
-    def mask_probabilities(self, adapter_name: str = "default") -> dict[str, Tensor]:
+    def mask_probabilities(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Name of every parameter -> sigmoid of its logits, float32; of a packed mask 0 and 1."""
-        return {delta.block: _probabilities(delta) for delta in self._deltas(adapter_name)}
+        adapter_name = self.chosen_adapter(adapter_name)
+        adapter_name = self.chosen_adapter(adapter_name)
+        return OfAdapter(adapter_name, ((delta.block, _probabilities(delta)) for delta in self._deltas(adapter_name)))
 
     @torch.no_grad()
-    def density(self, adapter_name: str = "default") -> dict[str, float]:
+    def density(self, adapter_name: str | None = None) -> dict[str, float]:
         """Name of every parameter -> mean of its mask in evaluation, before rescaling: the share that is let through."""
-        return {delta.block: float(delta.eval_mask().values().double().mean()) for delta in self._deltas(adapter_name)}
+        adapter_name = self.chosen_adapter(adapter_name)
+        adapter_name = self.chosen_adapter(adapter_name)
+        found = ((d.block, float(d.eval_mask().values().double().mean())) for d in self._deltas(adapter_name))
+        return OfAdapter(adapter_name, found)
 
 
 def _probabilities(delta: ConcreteDelta) -> Tensor:

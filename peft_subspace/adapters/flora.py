@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Delta, Geometry, SubspaceConfig, SubspaceLayer, SubspaceModel
+from ..base.active import OfAdapter
 from ..base.config import find_pattern
 from ..base.convolution import add_low_rank_convolution
 from ..base.delta import Weight
@@ -37,7 +38,8 @@ class FloraConfig(SubspaceConfig):
 
     Args:
         r: rank of the channel modes: one number for both, `[r_out, r_in]`, or one rank for every mode of the weight. A number
-            is lowered to the size of a smaller conv channel and to what the other ranks can use; a list is taken as it is.
+            is an upper bound: it is lowered to the size of a smaller mode and to what the other ranks can use, which
+            `lowered_ranks`, the log and the model card say. A list is taken as it is.
         r_spatial: rank of the kernel modes of a convolution, one number (lowered to the kernel's size) or one per mode.
         scale: s; None makes one learning rate suit layers of all widths, see `default_scale`. The official code has 1.
         init_weights: True is the reference (U_n ~ N(0, 1 / (2 r_n)), G = 0); "orthogonal" has orthonormal columns of the same
@@ -51,6 +53,7 @@ class FloraConfig(SubspaceConfig):
     method: ClassVar[str] = "FLORA"
     title: ClassVar[str] = "FLoRA"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.14739"
+    recommended_learning_rate: ClassVar[float] = 1e-2
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "scale_pattern": "scale"}
 
     r: int | list[int] = field(default=8, metadata={"help": "Rank of the channel modes: a number, [r_out, r_in] or all modes."})
@@ -83,19 +86,12 @@ def mode_ranks(geometry: Geometry, config: Any) -> list[int]:
     """Rank of every mode of a weight, `[r_out, r_in, *r_kernel]`.
 
     Raises:
-        ValueError: a rank is larger than its mode, or the list has the wrong length.
+        ValueError: a rank of a list is larger than its mode, or the list has the wrong length.
     """
     shape, spatial = geometry.shape, len(geometry.kernel)
     r, r_spatial = config.r, config.r_spatial
     if isinstance(r, int):
-        channels = shape[: len(shape) - spatial]
-        roof = min(channels) if geometry.kind in ("linear", "embedding") else max(channels)
-        if r > roof:
-            raise ValueError(
-                f"r={r} is larger than the weight {list(shape)} allows; accepted are 1 to {roof}. Lower `r`, set this layer's "
-                f"rank with rank_pattern, or leave it out with exclude_modules."
-            )
-        ranks = [min(r, size) for size in channels]
+        ranks = [min(r, size) for size in shape[: len(shape) - spatial]]
     elif len(r) in (len(shape) - spatial, len(shape)):
         ranks = list(r)
     else:
@@ -111,7 +107,8 @@ def mode_ranks(geometry: Geometry, config: Any) -> list[int]:
         ranks += more
     if any(rank > size for rank, size in zip(ranks, shape, strict=True)):
         raise ValueError(
-            f"the ranks {ranks} are larger than the modes {list(shape)} of the weight; each may be at most its mode."
+            f"the ranks {ranks} are larger than the modes {list(shape)} of the weight; in a list each may be at most its mode. "
+            f"A single number is lowered where a layer is smaller; rank_pattern sets the ranks of one layer."
         )
     return tucker.useful_ranks(ranks) if isinstance(r, int) else ranks
 
@@ -140,6 +137,7 @@ class FloraDelta(Delta):
     def __init__(self, geometry: Geometry, config: Any) -> None:
         super().__init__(geometry, config)
         ranks = mode_ranks(geometry, config)
+        self.ceiling: int | None = config.r if isinstance(config.r, int) else None
         self.scale = default_scale(geometry, ranks) if config.scale is None else float(config.scale)
         self.core = nn.Parameter(torch.zeros(ranks, dtype=torch.float32))
         for mode, (size, rank) in enumerate(zip(geometry.shape, ranks, strict=True)):
@@ -151,6 +149,11 @@ class FloraDelta(Delta):
     @classmethod
     def check(cls, geometry: Geometry, config: Any) -> None:
         mode_ranks(geometry, config)
+
+    def lowered(self) -> list[int] | None:
+        ranks, spatial = list(self.core.shape), len(self.geometry.kernel)
+        channels = ranks[: len(ranks) - spatial]
+        return ranks if self.ceiling is not None and any(rank < self.ceiling for rank in channels) else None
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:
@@ -284,7 +287,7 @@ class FloraModel(SubspaceModel):
         self,
         batches: Iterable[Any],
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         layers_at_once: int | None = None,
     ) -> None:
         """Fill the factors with the leading directions of the mean gradient dL/dW (HOSVD); the core stays zero.
@@ -294,12 +297,13 @@ class FloraModel(SubspaceModel):
         Args:
             batches: a few batches; gone through once for every `layers_at_once` layers.
             loss_fn: `(model, batch) -> loss`; None calls `model(**batch).loss`.
-            adapter_name: the adapter; trained values of it are lost.
+            adapter_name: the adapter, None for the active one; trained values of it are lost.
             layers_at_once: how many weights may hold a gradient at a time; None for all (memory of the adapted weights).
 
         Raises:
             ValueError: a quantised layer (it has no gradient), or no gradient reached a layer.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = copy.deepcopy(self.config_of(adapter_name))  # the ranks that are found must not match other layers
         for key, layer, container, gradient in mean_gradients(self, batches, loss_fn, adapter_name, layers_at_once):
             weight, geometry = layer.geometries[container]
@@ -309,6 +313,7 @@ class FloraModel(SubspaceModel):
                 ranks = energy_ranks(gradient, geometry, config.for_layer(key, weight))
             factors = [tucker.leading_directions(gradient, mode, rank) for mode, rank in enumerate(ranks)]
             self._replace(layer, container, key, adapter_name, ranks, factors)
+        self._note_lowered_ranks(adapter_name)
 
     def _replace(
         self, layer: SubspaceLayer, container: str, key: str, adapter_name: str, ranks: list[int], factors: Any
@@ -328,25 +333,26 @@ class FloraModel(SubspaceModel):
         for container, delta in layer.deltas(adapter_name).items():
             old = before[container]
             tensors[container]["core"] = tensors[container]["core"] * (old.scale / delta.scale)  # it depends on the ranks
+            delta.multiplier = old.multiplier
             delta.to(old.core.dtype).requires_grad_(old.core.requires_grad)
         layer.load_tensors(adapter_name, tensors)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 
-    def prune(self, adapter_name: str = "default", tolerance: float = 0.01) -> dict[str, dict[str, Any]]:
+    def prune(self, adapter_name: str | None = None, tolerance: float = 0.01) -> OfAdapter:
         """Lower the ranks of a trained adapter as far as the relative error of each dW allows.
 
         Args:
-            adapter_name: the adapter; the optimizer must be made anew afterwards.
+            adapter_name: the adapter, None for the active one; the optimizer must be made anew afterwards.
             tolerance: allowed ||dW - dW'|| / ||dW|| per weight, in (0, 1).
 
         Returns:
-            weight name -> `{"before": ranks, "after": ranks, "error": relative error made}`.
+            weight name -> `{"before": ranks, "after": ranks, "error": relative error made}`; its `adapter_name` says of which.
         """
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance={tolerance} is a relative error: it must be between 0 and 1.")
-        config = self.config_of(adapter_name)
-        report = {}
+        adapter_name = self.chosen_adapter(adapter_name)
+        config, report = self.config_of(adapter_name), OfAdapter(adapter_name)
         for key, layer in self.named_subspace_layers():
             tensors = {}
             for container, delta in layer.deltas(adapter_name).items():
@@ -358,6 +364,7 @@ class FloraModel(SubspaceModel):
                 report[name] = {"before": before, "after": ranks, "error": error}
             if tensors:
                 self._rebuild(layer, key, adapter_name, tensors)
+        self._note_lowered_ranks(adapter_name)
         return report
 
 

@@ -64,6 +64,7 @@ class PelaConfig(SubspaceConfig):
     method: ClassVar[str] = "PELA"
     title: ClassVar[str] = "PELA"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.10700"
+    recommended_learning_rate: ClassVar[float] = 3e-4
 
     compression: float | None = field(default=None, metadata={"help": "How many times fewer parameters."})
     allocation: Literal["uniform", "global"] = field(default="uniform", metadata={"help": "Ratio per layer, or shared."})
@@ -187,6 +188,13 @@ class PelaDelta(Delta):
     if TYPE_CHECKING:  # a type checker cannot follow parameters that may be None
         core: nn.Parameter | None
         bias: nn.Parameter | None
+
+    def lowered(self) -> list[int] | int | None:
+        given, ranks = self.config.r, self.ranks
+        roofs = (min(self.block.rows, self.block.columns),) if self.block.is_matrix else (self.block.rows, self.block.columns)
+        if not isinstance(given, int) or min(roofs) >= given:
+            return None
+        return ranks[0] if self.block.is_matrix else list(ranks)
 
     @torch.no_grad()
     def _make_random(self) -> None:
@@ -388,7 +396,7 @@ class PelaModel(SubspaceModel):
         self,
         batches: Iterable[Any],
         forward: Callable[[nn.Module, Any], Any] | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         layers_at_once: int | None = None,
     ) -> None:
         """Make the factors anew, best for the inputs that the layers of the base model get; biases take up the mean error.
@@ -401,12 +409,13 @@ class PelaModel(SubspaceModel):
         Args:
             batches: a few hundred samples; gone through once for every `layers_at_once` layers.
             forward: `(model, batch) -> anything`; None calls `model(**batch)`.
-            adapter_name: the adapter; trained values of it are lost.
+            adapter_name: the adapter, None for the active one; trained values of it are lost.
             layers_at_once: how many layers gather their moments at a time (8 in^2 bytes each); None for all.
 
         Raises:
             ValueError: no batches, or a layer that none of them reached.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = self.config_of(adapter_name)
         for key, layer, moments in input_moments(self, batches, forward, adapter_name, layers_at_once):
             for container, delta in layer.deltas(adapter_name).items():

@@ -230,13 +230,14 @@ class PooledModel(SubspaceModel):
         provenance["blocks"] = blocks
 
     @torch.no_grad()
-    def save_task_vector(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    def save_task_vector(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
         """Write what an adapter adds to the base as a task-vector file, for merge recipes, `inspect` and other pools.
 
         Args:
             path: ends in `.safetensors`; it appears when it is whole.
-            adapter_name: the adapter.
+            adapter_name: the adapter, None for the active one.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config, tensors = self.config_of(adapter_name), {}
         for _, layer in self.named_subspace_layers():
             for container, delta in layer.deltas(adapter_name).items():

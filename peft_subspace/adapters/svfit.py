@@ -44,7 +44,8 @@ class SvfitConfig(SubspaceConfig):
     """SVFit: `W' = W + U_r diag(delta) V_r^T` with frozen singular vectors and r trained numbers per weight.
 
     Args:
-        r: how many of the largest singular values are trained: a number (lowered to what a smaller weight has) or "full".
+        r: how many of the largest singular values are trained: a number (lowered to what a smaller weight has, see
+            `lowered_ranks`) or "full".
         energy: instead of `r`: as many as hold this share of the weight's squared norm, sum of s_i^2. On trained weights 0.99
             is nearly all of them. The ranks go into `rank_pattern`.
         max_r: upper bound with `energy`.
@@ -70,6 +71,7 @@ class SvfitConfig(SubspaceConfig):
     method: ClassVar[str] = "SVFIT"
     title: ClassVar[str] = "SVFit"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.05926"
+    recommended_learning_rate: ClassVar[float] = 0.1
 
     r: int | Literal["full"] | None = field(default=None, metadata={"help": "Number of trained singular values, or 'full'."})
     energy: float | None = field(default=None, metadata={"help": "Choose r by the share of the squared norm."})
@@ -170,7 +172,6 @@ class SvfitDelta(Delta):
         self.register_buffer("counterpart", None, persistent=False)  # U^T W or (W V)^T, for the factored form only
         self._resize(r, kept=r if config.keeps_basis else 0)
         self._is_whole = False  # the basis is there and is known to fit
-        self._is_foreign = False  # it came from a file: perhaps from another base
         self._is_shared = False
         self._has_moved = False
         self._counterpart_of: tuple[int, int] | None = None  # address and version of the weight that it was made from
@@ -209,16 +210,17 @@ class SvfitDelta(Delta):
         config = self.config
         from_file = saved is not None and bool((saved["singular_values"] != 0).any())
         if from_file and config.keeps_basis:
-            self._is_foreign = True
             self._share_equal(siblings)
             self._is_whole = True
             return
-        alike = [other for other in siblings if self._is_alike(other) and not other._is_foreign and other._is_filled()]
+        alike = [other for other in siblings if self._is_alike(other) and other._is_filled()]
         if from_file:
             mine = [self] if self._is_filled() else []
             source = next((other for other in (*mine, *alike) if other.r >= self.r and self._fits(other, saved)), None)
         else:
-            alike = [other for other in alike if other._is_whole]
+            # a copy of an adapter, as of a policy for its reference, must find the basis of that one, whatever base it is from
+            alike = [other for other in alike if other._is_trusted()]
+            alike.sort(key=lambda other: not config.is_like(other.config))
             known = config.r is not None or saved is not None  # ranks by energy are decided when an adapter is made, not later
             source = next((other for other in alike if known and other.r >= self.r), None)
         if source is None:
@@ -226,13 +228,17 @@ class SvfitDelta(Delta):
             self._share_equal(alike)
         elif source is not self:
             self._look_along(source, from_file)
-        if config.init_weights is False and not from_file:
+        if config.init_weights is False and not from_file and not self.shift.any():  # else somebody copied values into it
             z = 0.5 * torch.randn_like(self.shift)
             self.shift.data.copy_(z if config.scale == "relative" else z * self.singular_values)
         self._is_whole = True
 
     def _is_filled(self) -> bool:
         return self.basis.shape[-2] == self.r and bool((self.basis != 0).any())
+
+    def _is_trusted(self) -> bool:
+        """Whether the basis belongs to the values: it was made of the weight, or came with them in a file."""
+        return self._is_whole or (self.config.keeps_basis and bool(self.singular_values.any()))
 
     def _is_alike(self, other: Any) -> bool:
         mine, theirs = self.config, other.config
@@ -287,6 +293,10 @@ class SvfitDelta(Delta):
         automatic = torch.float16 if config.keeps_basis else narrow
         self.basis = found.basis.to(DTYPES.get(config.basis_dtype, automatic))
 
+    def lowered(self) -> int | None:
+        given = self.config.r
+        return self.r if isinstance(given, int) and self.r < given else None
+
     def decided(self) -> dict[str, Any]:
         return {"r": self.r} if self.config.r is None else {}
 
@@ -330,6 +340,7 @@ class SvfitDelta(Delta):
         where there are more. The base layer is called as it is, also a quantised one. Keeps `[n, r]` for backward, not x.
         """
         geometry, z = self.geometry, self.relative()
+        z = z if self.multiplier == 1 else z * self.multiplier
         dropout = self.dropout if self.training else 0.0
         if geometry.kind == "linear":
             form = self._form(base_layer, x, dropout)
@@ -449,16 +460,17 @@ class SvfitModel(SubspaceModel):
         needed = config.svd == "lowrank" or any(geometry.quantized for geometry in geometries.values())
         config.save_basis = needed or (config.r != "full" and size <= SMALL)
 
-    def keep_basis(self, adapter_name: str = "default", keep: bool = True) -> None:
+    def keep_basis(self, adapter_name: str | None = None, keep: bool = True) -> None:
         """Decide anew whether saving writes the basis, for an adapter that is loaded.
 
         Args:
-            adapter_name: the adapter.
+            adapter_name: the adapter, None for the active one.
             keep: True makes the file independent of the base's bits (another dtype, a quantised base); False makes it small.
 
         Raises:
             ValueError: a low-rank basis, which cannot be made again.
         """
+        adapter_name = self.chosen_adapter(adapter_name)
         config = self.config_of(adapter_name)
         if not keep and config.svd == "lowrank":
             raise ValueError("svd='lowrank' finds another subspace each time: its basis must be in the file.")
@@ -471,9 +483,8 @@ class SvfitModel(SubspaceModel):
         dtype = torch.float32 if dtype == torch.float64 else dtype
         for delta in deltas:
             delta.register_buffer("basis", delta.basis.to(dtype), persistent=keep)
-            delta.config.save_basis = keep
-        config.basis_dtype = str(dtype).removeprefix("torch.")
-        config.save_basis = keep
+        for each in (config, *(delta.config for delta in deltas)):
+            each.basis_dtype, each.save_basis = str(dtype).removeprefix("torch."), keep
 
 
 register(SvfitConfig, SvfitModel)

@@ -27,7 +27,8 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
     """A BatchNorm whose running statistics are those of the active adapter (the first one, if several are active).
 
     Training moves the adapter's statistics and never the base's; with adapters disabled the base's are used and, in train
-    mode, left as they are. They are saved with the adapter as `<prefix>batch_norm.<adapter>.running_mean` and so on.
+    mode, left as they are. They are saved with the adapter as `<prefix>batch_norm.<adapter>.running_mean` and so on; adapters
+    of several kinds (through transformers) have a container each.
     Nothing is trained here: the affine weights stay the base's.
     """
 
@@ -36,22 +37,43 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.method = prefix.rstrip("_")
         self.container = f"{prefix}batch_norm"
-        self.add_module(self.container, nn.ModuleDict())
-        self.adapter_layer_names = (self.container,)
+        self.adapter_layer_names = ()
         self.merged_adapters = []
         self._base_statistics: dict[str, Tensor] = {}  # while adapters are merged
 
-    def update_layer(self, adapter_name: str) -> None:
-        """Start an adapter from the base's statistics."""
-        getattr(self, self.container)[adapter_name] = Statistics(self.get_base_layer())
+        self._add_container(self.container)
+
+    def _add_container(self, container: str) -> None:
+        self.add_module(container, nn.ModuleDict())
+        self.adapter_layer_names = (*self.adapter_layer_names, container)
+
+    def update_layer(self, adapter_name: str, prefix: str | None = None) -> None:
+        """Start an adapter, of the kind with a prefix, from the base's statistics."""
+        container = self.container if prefix is None else f"{prefix}batch_norm"
+        if container not in self.adapter_layer_names:
+            self._add_container(container)
+        getattr(self, container)[adapter_name] = Statistics(self.get_base_layer())
+
+    def statistics(self) -> dict[str, Any]:
+        """adapter -> its statistics, of all kinds."""
+        return {name: found for container in self.adapter_layer_names for name, found in getattr(self, container).items()}
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether the adapter has statistics here."""
-        return adapter_name in getattr(self, self.container)
+        return adapter_name in self.statistics()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Statistics have no scale: nothing happens. Code that scales all adapted layers calls it."""
+
+    def scale_layer(self, scale: float) -> None:
+        """See `set_scale`."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """See `set_scale`."""
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if self.has_adapter(adapter_name):
-            getattr(self, self.container)[adapter_name].to(device or self.base_layer.running_mean.device)
+            self.statistics()[adapter_name].to(device or self.base_layer.running_mean.device)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Normalise with the active adapter's statistics, or each sample with those of its own adapter."""
@@ -65,7 +87,7 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         return self._normalize([] if self._disable_adapters else self.active_adapters, x, *args, **kwargs)
 
     def _normalize(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        statistics = getattr(self, self.container)
+        statistics = self.statistics()
         chosen = next((statistics[name] for name in names if name in statistics), None)
         if chosen is None and not self.training:
             return self.base_layer(x, *args, **kwargs)
@@ -92,7 +114,7 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
             )
         if not self._base_statistics:
             self._base_statistics = {name: getattr(self.base_layer, name) for name in STATISTICS}
-        merged = getattr(self, self.container)[names[-1]]
+        merged = self.statistics()[names[-1]]
         for name in STATISTICS:
             self.base_layer._buffers[name] = getattr(merged, name).clone()
         self.merged_adapters.extend(names)
@@ -107,7 +129,7 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
     def average(self, weights: dict[str, float], adapter_name: str) -> None:
         """Start an adapter from the mean of others' statistics, weighted by the positive weights (base's if none is)."""
         self.update_layer(adapter_name)
-        statistics = getattr(self, self.container)
+        statistics = self.statistics()
         weights = {name: weight for name, weight in weights.items() if weight > 0 and name in statistics}
         total = sum(weights.values())
         for name in STATISTICS if weights else ():
@@ -149,5 +171,5 @@ def wrap_batch_norms(model: nn.Module, prefix: str, adapter_name: str) -> list[B
         setattr(model.get_submodule(parent), child, layer)
         layers.append(layer)
     for layer in layers:
-        layer.update_layer(adapter_name)
+        layer.update_layer(adapter_name, prefix)
     return layers

@@ -44,12 +44,16 @@ class SubspaceConfig(PeftConfig):
         adapt_batch_norm: keep the running statistics that BatchNorm layers gather in training with the adapter. The base's
             own statistics come back when the adapter is disabled or unloaded. PEFT loses the first and spoils the second.
         metrics: measured figures to show on the model card, such as {"accuracy": 0.93}.
+        lowered_ranks: filled in when the adapter is made: layers that are smaller than `r` -> the rank that they have.
         peft_subspace_version: filled in on saving.
     """
 
     method: ClassVar[str]
     paper: ClassVar[str]
     title: ClassVar[str]
+    # Rate of Adam to start with, for what the adapter trains (a trained head may want another). Trainer's own, 5e-5, is made
+    # for whole models and leaves most adapters where they began. The method's page in docs/ says where the figure comes from.
+    recommended_learning_rate: ClassVar[float]
     # {pattern field: the field that it overrides for one layer}
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
     # Set on a config that was read from a file until the weights beside it are loaded: if they do not fit, the adapter
@@ -67,6 +71,7 @@ class SubspaceConfig(PeftConfig):
     rank_pattern: dict[str, Any] = field(default_factory=dict, metadata={"help": "Layer name or regex -> r."})
     adapt_batch_norm: bool = field(default=True, metadata={"help": "Keep BatchNorm statistics with the adapter."})
     metrics: dict[str, float] | None = field(default=None, metadata={"help": "Measured figures for the model card."})
+    lowered_ranks: dict[str, Any] = field(default_factory=dict, metadata={"help": "Filled in: smaller layer -> its rank."})
     peft_subspace_version: str | None = field(default=None, metadata={"help": "Filled in on saving."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SubspaceConfig:
@@ -120,11 +125,23 @@ class SubspaceConfig(PeftConfig):
             )
 
     @property
+    def was_loaded(self) -> bool:
+        """Whether it was read from a file whose weights are loaded by now: a further adapter with it has none to wait for."""
+        return self.awaits_weights is None and "awaits_weights" in vars(self)
+
+    def is_like(self, other: SubspaceConfig) -> bool:
+        """Whether two configs say the same of an adapter, by whatever name its base goes and whether or not it is trained."""
+        names = {f.name for f in fields(self)} - {"base_model_name_or_path", "revision", "inference_mode"}
+        return type(self) is type(other) and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    @property
     def summary(self) -> tuple[str, str]:
         """What the model card says about the size of an adapter: a title and a text."""
         r, energy = getattr(self, "r", None), getattr(self, "energy", "-")
         ranks = f"r = {r}" if r is not None else f"energy = {energy}"
-        return "Ranks", f"{ranks}, {len(self.rank_pattern)} layers with their own" if self.rank_pattern else ranks
+        own = f", {len(self.rank_pattern)} layers with their own" if self.rank_pattern else ""
+        lower = f", lowered to fit {lowered_text(self.lowered_ranks)}" if self.lowered_ranks else ""
+        return "Ranks", ranks + own + lower
 
     def for_layer(self, key: str, weight: str = "weight") -> Any:
         """This config with the overrides of one weight (`rank_pattern` and its like) filled in.
@@ -167,6 +184,12 @@ class SubspaceConfig(PeftConfig):
         write_whole(path, json.dumps(saved, indent=2, sort_keys=True))
         for callback in AFTER_SAVE:
             callback(save_directory, self)
+
+
+def lowered_text(ranks: dict[str, Any], most: int = 3) -> str:
+    """How many weights have less than the rank that was asked for, and the first of them."""
+    some = ", ".join(f"{name}: {rank}" for name, rank in list(ranks.items())[:most])
+    return f"{len(ranks)} smaller weight{'' if len(ranks) == 1 else 's'} ({some}{', ...' if len(ranks) > most else ''})"
 
 
 def find_pattern(table: dict[str, Any], key: str) -> str | None:

@@ -39,12 +39,8 @@ def spatial(geometry: Geometry, z: Tensor, kernel: Tensor, size: Sequence[int]) 
 
 def up(geometry: Geometry, y: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """`out` plus y expanded to the output channels with `factor` `[out, r_out]`, in the memory format of `out`."""
-    columns, weight = _columns(geometry, out), _grouped(geometry, factor, len(out))
-    if columns.stride(1) == 1:  # channels last: the same product the other way round keeps it so
-        total = torch.baddbmm(columns.mT, y.flatten(2).mT, weight.mT).mT
-    else:
-        total = torch.baddbmm(columns, weight, y.flatten(2))
-    return _from_columns(geometry, total, out.shape)
+    matrices, last = _matrices(geometry, out)
+    return _from_matrices(geometry, _expanded(geometry, y, factor, matrices, last), last, out.shape)
 
 
 def add_low_rank_convolution(
@@ -64,29 +60,35 @@ def add_low_rank_convolution(
     tensors for backward, no more than a LoRA of rank r_out (in each group) keeps; the other is made again there. Not twice
     differentiable.
     """
-    return _AddConvolution.apply(geometry, scale, out, x, core, *factors)
+    matrices, last = _matrices(geometry, out)
+    total = _AddConvolution.apply(geometry, scale, out.shape[2:], last, matrices, x, core, *factors)
+    return _from_matrices(geometry, total, last, out.shape)
 
 
 class _AddConvolution(torch.autograd.Function):
+    """On matrices, and shaped outside: what a Function returns must be no view, or nobody may change it in place (a ReLU)."""
+
     @staticmethod
     def forward(
         ctx: Any,
         geometry: Geometry,
         scale: float,
-        out: Tensor,
+        size: Sequence[int],
+        last: bool,
+        matrices: Tensor,
         x: Tensor,
         core: Tensor,
         wide: Tensor,
         thin: Tensor,
         *kernel: Any,
     ) -> Tensor:
-        ctx.geometry, ctx.scale, ctx.size = geometry, scale, out.shape[2:]
+        ctx.geometry, ctx.scale, ctx.size, ctx.last = geometry, scale, size, last
         middle = _middle(core, kernel, scale, x.dtype)
         z = down(geometry, x, thin.to(x.dtype))
         y = z if geometry.pointwise else spatial(geometry, z, middle, ctx.size)
         ctx.keeps_z = z.numel() <= y.numel()
         ctx.save_for_backward(x, z if ctx.keeps_z else y, core, wide, thin, *kernel)
-        return up(geometry, y, _expansion(geometry, wide.to(x.dtype), middle), out)
+        return _expanded(geometry, y, _expansion(geometry, wide.to(x.dtype), middle), matrices, last)
 
     @staticmethod
     @plain_backward
@@ -94,18 +96,19 @@ class _AddConvolution(torch.autograd.Function):
         geometry: Geometry = ctx.geometry
         x, kept, *parameters = ctx.saved_tensors
         core, wide, thin, *kernel = parameters
-        _, _, need_out, need_x, *need_parameters = ctx.needs_input_grad
+        _, _, _, _, need_out, need_x, *need_parameters = ctx.needs_input_grad
+        columns = grad.mT if ctx.last else grad
         train = any(need_parameters)
         middle, wide, thin = _middle(core, kernel, ctx.scale, x.dtype), wide.to(x.dtype), thin.to(x.dtype)
         z = kept if ctx.keeps_z else down(geometry, x, thin)
         grad_middle: Any
         if geometry.pointwise:
-            grad_z, grad_wide = _up_gradients(geometry, grad, z, _expansion(geometry, wide, middle), train)
+            grad_z, grad_wide = _up_gradients(geometry, columns, z, _expansion(geometry, wide, middle), train)
             grad_middle = (wide.t() @ grad_wide).view(middle.shape) if train else None
             grad_wide = grad_wide @ middle.flatten(1).t() if train else None
         else:
             y = spatial(geometry, z, middle, ctx.size) if ctx.keeps_z else kept
-            grad_y, grad_wide = _up_gradients(geometry, grad, y, wide, train)
+            grad_y, grad_wide = _up_gradients(geometry, columns, y, wide, train)
             grad_z, grad_middle = _spatial_gradients(geometry, grad_y, z, middle, ctx.size, train)
         grad_x, grad_thin = _down_gradients(geometry, grad_z, x, thin, need_x, train)
         found: list[Any] = [None] * len(parameters)
@@ -114,7 +117,7 @@ class _AddConvolution(torch.autograd.Function):
             grad_core, _, _, *grad_kernel = tucker.gradients(core, [None, None, *kernel], grad_middle)
             found = [grad_core, grad_wide, grad_thin, *grad_kernel]
         found = [g if g is None else g.to(p.dtype) for g, p in zip(found, parameters, strict=True)]
-        return None, None, grad if need_out else None, grad_x, *found
+        return None, None, None, None, grad if need_out else None, grad_x, *found
 
 
 def _middle(core: Tensor, kernel: Sequence[Tensor | None], scale: float, dtype: torch.dtype) -> Tensor:
@@ -155,8 +158,8 @@ def _spatial_gradients(
     return _border_gradient(geometry, of_z, z), of_kernel
 
 
-def _up_gradients(geometry: Geometry, grad: Tensor, y: Tensor, factor: Tensor, train: bool) -> tuple[Any, Any]:
-    columns, weight, of_factor = _columns(geometry, grad), _grouped(geometry, factor, len(grad)), None
+def _up_gradients(geometry: Geometry, columns: Tensor, y: Tensor, factor: Tensor, train: bool) -> tuple[Any, Any]:
+    weight, of_factor = _grouped(geometry, factor, len(columns) // geometry.groups), None
     of_y = torch.bmm(weight.mT, columns).unflatten(2, y.shape[2:])
     if train:
         product = torch.bmm(columns, y.flatten(2).mT)  # [batch * groups, out / groups, r_out]
@@ -195,6 +198,23 @@ def _from_columns(geometry: Geometry, columns: Tensor, shape: Sequence[int]) -> 
     if geometry.groups > 1:
         columns = columns.unflatten(0, (-1, geometry.groups)).flatten(1, 2)
     return columns.unflatten(2, shape[2:])
+
+
+def _matrices(geometry: Geometry, out: Tensor) -> tuple[Tensor, bool]:
+    """The columns of an output, transposed where the channels come last in memory: products the other way round keep it so."""
+    columns = _columns(geometry, out)
+    last = columns.stride(1) == 1
+    return columns.mT if last else columns, last
+
+
+def _from_matrices(geometry: Geometry, matrices: Tensor, last: bool, shape: Sequence[int]) -> Tensor:
+    return _from_columns(geometry, matrices.mT if last else matrices, shape)
+
+
+def _expanded(geometry: Geometry, y: Tensor, factor: Tensor, matrices: Tensor, last: bool) -> Tensor:
+    """A new tensor, `matrices` plus y expanded to the output channels with `factor` `[out, r_out]`."""
+    weight, y = _grouped(geometry, factor, len(y) // geometry.groups), y.flatten(2)
+    return torch.baddbmm(matrices, y.mT, weight.mT) if last else torch.baddbmm(matrices, weight, y)
 
 
 def _grouped(geometry: Geometry, factor: Tensor, batch: int) -> Tensor:

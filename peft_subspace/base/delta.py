@@ -43,6 +43,8 @@ class Delta(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.dropout = config.dropout
+        # m of W + m dW, which users set (`set_scale`). The layer takes care of it, but for `call`, which does so by itself.
+        self.multiplier = 1.0
         self.awaits_weight = False  # made new on a base whose weights are on the meta device
 
     @classmethod
@@ -89,6 +91,10 @@ class Delta(nn.Module):
         """Config fields that the weight decided, such as `{"r": 93}`; they are recorded so that loading decides nothing."""
         return {}
 
+    def lowered(self) -> list[int] | int | None:
+        """The rank, or ranks, of this weight where it is smaller than the number that the config has; else None."""
+        return None
+
     def _load_from_state_dict(self, *args: Any) -> None:
         self.awaits_weight = False
         super()._load_from_state_dict(*args)
@@ -112,7 +118,7 @@ class Delta(nn.Module):
         return self.call(*args, **kwargs)
 
     def call(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's whole output; only for `takes_over` and `replaces_base`."""
+        """The layer's whole output, of W + `multiplier` dW; only for `takes_over`, and without it for `replaces_base`."""
         raise NotImplementedError
 
     # Only for `composes_weight` -----------------------------------------------------------------------------------------
@@ -121,6 +127,12 @@ class Delta(nn.Module):
     def adds(self) -> bool:
         """Whether `forward` adds the update to the output after all, because no weight needs to be made for it."""
         return False
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether the update is added to the layer's output, whatever that was made of."""
+        by_itself = not (self.takes_over or self.replaces_base or self.geometry.reads_own_weight)
+        return by_itself and (not self.composes_weight or self.adds)
 
     @property
     def trained(self) -> tuple[Tensor, ...]:

@@ -54,7 +54,7 @@ class EffectiveWeights:
         if trained and torch.is_grad_enabled():
             self._kept.pop(container, None)
             pulls = [
-                (delta.pull_back(), [tensor.requires_grad for tensor in delta.trained])
+                (delta.pull_back(), [tensor.requires_grad for tensor in delta.trained], delta.multiplier)
                 for delta in deltas
                 if any(tensor.requires_grad for tensor in delta.trained)
             ]
@@ -63,7 +63,9 @@ class EffectiveWeights:
         if not self._keeps:
             return compose(layer, container, names)
         tensors = [getattr(owner, name), *(tensor for delta in deltas for tensor in delta.trained)]
-        made_of = (tuple(names), *((tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.device) for tensor in tensors))
+        multipliers = tuple(delta.multiplier for delta in deltas)
+        state = ((tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.device) for tensor in tensors)
+        made_of = (tuple(names), multipliers, *state)
         kept = self._kept.get(container)
         if kept is None or kept.made_of != made_of or not _same_values(tensors[1:], kept.values):
             # what is not compared is held, so that its address cannot become that of another tensor
@@ -85,8 +87,9 @@ class EffectiveWeights:
 
 def _pulled(grad: Tensor, pulls: Any) -> list[Tensor | None]:
     found: list[Tensor | None] = []
-    for pull, needed in pulls:
-        found += [gradient for gradient, wanted in zip(pull(grad), needed, strict=True) if wanted]
+    for pull, needed, multiplier in pulls:
+        of_update = grad if multiplier == 1 else grad * multiplier
+        found += [gradient for gradient, wanted in zip(pull(of_update), needed, strict=True) if wanted]
     return found
 
 
@@ -103,7 +106,7 @@ def _same_values(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
 
 
 def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tensor:
-    """W_0 + sum of dW of these adapters: summed in float32 (or the base's wider dtype), rounded once, without a graph."""
+    """W_0 + sum of m dW of these adapters: summed in float32 (or the base's wider dtype), rounded once, without a graph."""
     owner, name = layer._locate(container)
     weight = getattr(owner, name)
     deltas = [getattr(layer, container)[adapter] for adapter in names]
@@ -124,5 +127,9 @@ def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tenso
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
         for delta in deltas:
-            delta.accumulate(total)
+            if delta.multiplier == 1:
+                delta.accumulate(total)
+            else:
+                delta.accumulate(update := torch.zeros_like(total))
+                total.add_(update, alpha=delta.multiplier)
         return total.to(weight.dtype)

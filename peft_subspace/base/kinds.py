@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..functional.low_rank import without_autocast
@@ -22,6 +23,7 @@ class CalledLayer(SubspaceLayer):
 
     def _adapted_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._refuse_two(names)
+        self._refuse_other_kinds(names)
         deltas = [getattr(self, self.adapter_layer_names[0])[name] for name in names]
         if any(delta.takes_over or delta.replaces_base for delta in deltas):
             return self._taken_over(names, deltas, x, *args, **kwargs)
@@ -54,10 +56,11 @@ def add_updates(deltas: list[Delta], x: Tensor, y0: Tensor) -> Tensor:
     out = y0
     with without_autocast(out):  # an update is in the dtype of the output: autocast would turn that of an embedding
         for delta in deltas:
-            if delta.geometry.kind == "embedding":
-                out = delta(x, y0, out)
+            given = x if delta.geometry.kind == "embedding" else delta.dropped(x, out)
+            if delta.multiplier == 1:
+                out = delta(given, y0, out)
             else:
-                out = delta(delta.dropped(x, out), y0, out)
+                out = torch.add(out, delta(given, y0, torch.zeros_like(out)), alpha=delta.multiplier)
     return out
 
 
@@ -90,6 +93,7 @@ class OwnWeightLayer(SubspaceLayer):
 
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         self._refuse_two(names)
+        self._refuse_other_kinds(names)
         shadowed: list[tuple[nn.Module, str]] = []
         try:
             if names:
@@ -206,6 +210,10 @@ class ParamWrapper(OwnWeightLayer):
         return layer
 
 
+def _innermost(target: nn.Module) -> nn.Module:
+    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+
+
 def make_layer(
     target: nn.Module, prefix: str, delta_cls: type[Delta], parameter_name: str | None = None, **kwargs: Any
 ) -> SubspaceLayer:
@@ -215,6 +223,6 @@ def make_layer(
     layers: Callable[..., SubspaceLayer] = CalledLayer
     if delta_cls.composes_weight:
         layers = ComposedLayer
-    elif any(geometry.reads_own_weight for geometry in describe(target).values()):
+    elif any(geometry.reads_own_weight for geometry in describe(_innermost(target)).values()):
         layers = OwnWeightLayer
     return layers(target, prefix, delta_cls, **kwargs)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,8 +135,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         For an adapter that comes from a file nothing is computed from the weight: the file brings it, or `complete` does.
         """
         self.key = key
-        is_new = not (inference_mode or config.is_from_file or config.awaits_weights is not None)
-
+        is_new = config.was_loaded or not (inference_mode or config.is_from_file or config.awaits_weights is not None)
         for container, (weight, geometry) in self.geometries.items():
             resolved = config.for_layer(key, weight)
             if not self.delta_cls.applies(resolved):
@@ -217,6 +217,41 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         weight = getattr(owner, name, None)
         return weight.device if isinstance(weight, Tensor) else _any_tensor(self.get_base_layer()).device
 
+    # Scale, as PEFT's LoRA layers have it -----------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set m of W + m dW for an adapter: its own scale times `scale`. Nothing happens where it is not on this layer.
+
+        It holds until it is set anew, in forward, merging and exports, and is not saved. diffusers' `set_adapters` calls it.
+
+        Raises:
+            ValueError: not a finite number, or other than 1 for an adapter that stands in for the base.
+        """
+        self._multiply([adapter], lambda before: scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of every active adapter, as diffusers' `fuse_lora(lora_scale=...)` does. See `set_scale`."""
+        self._multiply(self.active_adapters, lambda before: before * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of every active adapter; None sets it back to the adapter's own. See `set_scale`."""
+        if scale is not None and scale == 0:
+            raise ValueError(f"{self.key}: unscale_layer(0) would divide by zero. None sets the scale back.")
+        self._multiply(self.active_adapters, lambda before: 1.0 if scale is None else before / scale)
+
+    def _multiply(self, names: Sequence[str], new: Callable[[float], float]) -> None:
+        for name in names:
+            for delta in self.deltas(name).values():
+                multiplier = float(new(delta.multiplier))
+                if not math.isfinite(multiplier):
+                    raise ValueError(f"{self.key}: the scale of the adapter {name!r} would be {multiplier}; it must be finite.")
+                if delta.replaces_base and multiplier != 1:
+                    raise ValueError(
+                        f"{self.key}: the adapter {name!r} ({self.method}) stands in for the base's weight and adds nothing to "
+                        f"it that could be scaled by {multiplier}. Its scale is 1; disable it for the base's output."
+                    )
+                delta.multiplier = multiplier
+
     # Forward ---------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -248,6 +283,22 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 f"{list(names)} are active on one {self._get_name()} ({self.key}) and each of them stands in for the base "
                 f"layer. Activate, or merge, one at a time."
             )
+
+    def _refuse_other_kinds(self, names: Sequence[str]) -> None:
+        """An adapter that only adds to the output may be active around one of another kind; what changes the weight may not."""
+        adapters = [delta for name in names for delta in self.deltas(name).values()]
+        inner: Any = self.base_layer
+        if not isinstance(inner, BaseTunerLayer) or all(delta.only_adds for delta in adapters):
+            return
+        while isinstance(inner, BaseTunerLayer):
+            here = set(inner.active_adapters) & inner._get_available_adapters()
+            other = getattr(inner, "method", None) != self.method  # wrappers of several parameters of one module are nested too
+            if other and here and not inner.disable_adapters:
+                raise ValueError(
+                    f"{list(names)} and {sorted(here)} are active on one {self._get_name()} ({self.key}) and are of different "
+                    f"kinds, of which {self.method} changes the weight that the other one acts on. Activate one at a time."
+                )
+            inner = inner.base_layer  # type: ignore[attr-defined]
 
     def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run each adapter's samples together and put the results back in order."""
@@ -353,12 +404,12 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return total.to(bias.dtype)
 
     def dense_update(self, container: str, adapter_name: str) -> Tensor:
-        """dW of one adapter and weight, canonical layout; the definition that everything else is tested against."""
+        """m dW of one adapter and weight, canonical layout; the definition that everything else is tested against."""
         self.complete(adapter_name)
         delta = getattr(self, container)[adapter_name]
         with without_autocast(_any_tensor(delta, self.get_base_layer())):
             update: Tensor = delta.delta_weight(partial(self._canonical_weight, container))
-        return update
+            return update if delta.multiplier == 1 else update * delta.multiplier
 
     def _canonical_weight(self, container: str) -> Tensor:
         weight = self._base_weight(container)
@@ -374,10 +425,11 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.complete(adapter_name)
         for container in self.deltas(adapter_name):
             self._refuse_shares(container, [adapter_name], "exported")
-        return {
-            container: delta.lora_factors(partial(self._canonical_weight, container))
-            for container, delta in self.deltas(adapter_name).items()
-        }
+        found = {}
+        for container, delta in self.deltas(adapter_name).items():
+            factors = delta.lora_factors(partial(self._canonical_weight, container))
+            found[container] = None if factors is None else (factors[0], factors[1] * delta.multiplier)
+        return found
 
     def _refuse_shares(self, container: str, names: Sequence[str], done: str) -> None:
         owner, parameter = self._locate(container)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..task_vectors.blueprint import reads_tie
+from .active import chosen_adapter
 from .batch_norm import BatchNormLayer, wrap_batch_norms
+from .config import lowered_text
 from .delta import Delta
 from .geometry import Geometry, quantization_backend, read_weight
 from .holders import Holder, find_holder, has_children
@@ -29,6 +32,8 @@ from .loading import PEFT_PREFIX, check_saved_modules, check_state_dict, complet
 from .mixed_batch import adapter_names_passed_on
 from .targets import check_patterns, find_targets, resolve_targets
 from .weighted import add_weighted_adapter
+
+logger = logging.getLogger(__name__)
 
 
 class SubspaceModel(BaseTuner):
@@ -49,6 +54,8 @@ class SubspaceModel(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             self._check_adapter_name(adapter_name)
+            if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+                config.awaits_weights = None  # of an adapter that is there (a copy is to be made of it): no file is to come
             if "trainable_before" not in self.__dict__:
                 self.__dict__["trainable_before"] = [p for p in model.parameters() if p.requires_grad]
             with warnings.catch_warnings():
@@ -61,6 +68,12 @@ class SubspaceModel(BaseTuner):
                 for layer in wrap_batch_norms(model, self.prefix, adapter_name):
                     layer.set_adapter(self.active_adapters)
             self._record_decisions(adapter_name)
+            self._note_lowered_ranks(adapter_name)
+            if config.lowered_ranks and not config.is_from_file:
+                logger.warning(
+                    f"{config.title}: a number as rank is an upper bound, lowered to fit {lowered_text(config.lowered_ranks)}. "
+                    f"All of them are in the config's `lowered_ranks`; `rank_pattern` sets the rank of one layer."
+                )
             self._keep_from_ddp(model)
         except Exception:
             remove_adapter(self, adapter_name)
@@ -75,6 +88,15 @@ class SubspaceModel(BaseTuner):
                 for pattern, name in config.patterns.items():
                     if name in delta.decided():
                         getattr(config, pattern)[exact] = delta.decided()[name]
+
+    def _note_lowered_ranks(self, adapter_name: str) -> None:
+        """Write into the config, for its reader and the model card, which weights are smaller than the rank of the config."""
+        self.peft_config[adapter_name].lowered_ranks = {
+            key if len(layer.geometries) == 1 else f"{key}.{layer.geometries[container][0]}": rank
+            for key, layer in self.named_subspace_layers()
+            for container, delta in layer.deltas(adapter_name).items()
+            if (rank := delta.lowered()) is not None
+        }
 
     @staticmethod
     def _keep_from_ddp(model: nn.Module) -> None:
@@ -135,16 +157,32 @@ class SubspaceModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            self._refuse_other_kind(find_holder(target, parameter_name) or target, current_key)
         beside = self.delta_cls.composes_weight and parameter_name is not None and has_children(target)
-        if beside and not isinstance(target, SubspaceLayer):
+        if beside and not isinstance(target, BaseTunerLayer):
             self._hold(peft_config, adapter_name, target, current_key, parameter_name)
             return
-        known = isinstance(target, SubspaceLayer) and getattr(target, "parameter_name", None) == parameter_name
+        known = (
+            isinstance(target, SubspaceLayer)
+            and target.method == self.prefix.rstrip("_")  # transformers takes several kinds on one model, one around the other
+            and getattr(target, "parameter_name", None) == parameter_name
+        )
         layer: Any = target if known else self._wrap(target, parameter_name)
         layer.update_layer(adapter_name, peft_config, current_key, inference_mode=peft_config.inference_mode)
         if not known:
             layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
             setattr(parent, target_name, layer)
+
+    def _refuse_other_kind(self, module: nn.Module, key: str) -> None:
+        """A wrapper of a parameter is found again by the parameter's name alone, whatever its kind."""
+        while isinstance(module, BaseTunerLayer):
+            if getattr(module, "method", None) != self.prefix.rstrip("_"):
+                raise ValueError(
+                    f"{key}: the adapters {sorted(module._get_available_adapters())} on this module are of another kind "
+                    f"({module._get_name()}). Delete them first, or leave the parameter out of target_parameters."
+                )
+            module = module.base_layer  # type: ignore[assignment]
 
     def _hold(self, config: Any, adapter_name: str, owner: nn.Module, key: str, parameter_name: Any) -> None:
         holder = known = find_holder(owner, parameter_name)
@@ -236,9 +274,11 @@ class SubspaceModel(BaseTuner):
         Raises:
             ValueError: there is none of that name; says which there are.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(self.peft_config)}. Pass adapter_name=...")
-        return self.peft_config[adapter_name]
+        return self.peft_config[chosen_adapter(self, adapter_name)]
+
+    def chosen_adapter(self, adapter_name: str | None = None) -> str:
+        """The name of the adapter that is meant, the active one where it is None; see `base.active`."""
+        return chosen_adapter(self, adapter_name)
 
     @staticmethod
     def base_weight(model: nn.Module, name: str, weight: str) -> Tensor:

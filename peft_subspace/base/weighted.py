@@ -26,6 +26,7 @@ def add_weighted_adapter(
     config.awaits_weights, config.is_from_file = None, False
     config.target_modules, config.target_parameters = set(), None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the targets are named one by one
+    config.lowered_ranks = {}
     for pattern in config.patterns:
         setattr(config, pattern, {})
     layers = [
@@ -56,7 +57,8 @@ def _combine_layer(tuner: Any, key: str, layer: Any, weights: dict[str, float], 
         if not found:
             continue
         deltas = [layer.deltas(name)[container] for name in found]
-        fields, tensors[container] = tuner.delta_cls.combine(deltas, [weights[name] for name in found])
+        factors = [weights[name] * delta.multiplier for name, delta in zip(found, deltas, strict=True)]
+        fields, tensors[container] = tuner.delta_cls.combine(deltas, factors)
         exact = key if len(layer.geometries) == 1 else f"{key}.{weight}"
         for pattern, field in config.patterns.items():
             getattr(config, pattern).update({exact: fields[field]} if field in fields else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..base import SubspaceLayer
+from ..base.active import chosen_adapter
 from .modules import LowRank, fill, low_rank_module, ranks_in, replace_layers
 from .transformers_format import LowRankFormat, LowRankLoader, mark, untie
+
+logger = logging.getLogger(__name__)
 
 
 def export_compressed(model: Any, adapter_name: str | None = None) -> nn.Module:
@@ -29,19 +33,18 @@ def export_compressed(model: Any, adapter_name: str | None = None) -> nn.Module:
         adapter_name: the adapter; None for the active one.
 
     Returns:
-        The base model, changed in place.
+        The base model, changed in place; its `exported_adapter` is the adapter's name, which the log says too.
 
     Raises:
-        ValueError: no such adapter, an adapter that does not replace its base, merged adapters, a quantised base.
+        ValueError: no such adapter, several active ones and none named, an adapter that does not replace its base, merged
+            adapters, a quantised base.
 
     Cost: the memory of the factors; a layer's original weight is released before the next one is replaced.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"{type(model).__name__} is no PeftModel. Put the adapter on with `get_peft_model`, or load it so.")
     tuner: Any = model.base_model
-    name = adapter_name or next(iter(tuner.active_adapters), "")
-    if name not in model.peft_config:
-        raise ValueError(f"There is no adapter {name!r}, only {sorted(model.peft_config)}.")
+    name = chosen_adapter(tuner, adapter_name)
     if not tuner.delta_cls.replaces_base:
         raise ValueError(f"The adapter {name!r} adds to its base and needs it. Use `merge_and_unload` instead.")
     config = getattr(tuner.model, "config", None)
@@ -69,6 +72,8 @@ def export_compressed(model: Any, adapter_name: str | None = None) -> nn.Module:
     if isinstance(plain, PreTrainedModel):
         untie(plain, ranks)
         mark(plain, LowRankLoader(LowRankFormat(ranks)))
+    plain.exported_adapter = name
+    logger.info(f"The model has the weights of the adapter {name!r}.")
     return plain
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base import SubspaceLayer
+from ..base.active import chosen_adapter
 from ..base.teacher import as_teacher
 
 if TYPE_CHECKING:
@@ -74,12 +75,13 @@ class CompressionReport:
     before: Cost
     after: Cost
     dense: list[str] = field(default_factory=list)  # linear layers and embeddings that are not compressed
+    adapter_name: str | None = None
 
     def tables(self) -> list[Table]:
         """Two tables for `rich.print`: the model, and every layer."""
         from rich.table import Table
 
-        whole = Table("", "original", "compressed", "ratio")
+        whole = Table("", "original", f"compressed ({self.adapter_name})" if self.adapter_name else "compressed", "ratio")
         rows: list[tuple[str, str, Callable[[Any], str]]] = [
             ("parameters", "parameters", lambda n: f"{n:,}"),
             ("file, MB", "bytes", lambda n: f"{n / 1e6:.1f}"),
@@ -122,19 +124,20 @@ class CompressionReport:
 
 @torch.no_grad()
 def compression_report(
-    model: Any, batch: Mapping[str, Any] | None = None, adapter_name: str = "default", rounds: int = 5
+    model: Any, batch: Mapping[str, Any] | None = None, adapter_name: str | None = None, rounds: int = 5
 ) -> CompressionReport:
     """Compare a model with its low-rank adapter to the original.
 
     Args:
         model: a PeftModel with the adapter active, not exported yet.
         batch: keyword arguments of a forward, to count its flops, time it and measure its memory; None leaves those out.
-        adapter_name: the adapter.
+        adapter_name: the adapter; None for the active one.
         rounds: timed forwards of each model, in turns; the median counts.
 
     Raises:
         ValueError: no such adapter, or one that does not replace its base.
     """
+    adapter_name = chosen_adapter(model, adapter_name)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers, gone = [], set()
     for name, layer in base.named_modules():
@@ -157,7 +160,8 @@ def compression_report(
     dense = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
     copies = ("modules_to_save", "original_module")
     dense = [name for name in dense if not any(name.startswith(f"{key}.") or name == key for key in known)]
-    return CompressionReport(layers, before, after, [name for name in dense if not any(part in name for part in copies)])
+    dense = [name for name in dense if not any(part in name for part in copies)]
+    return CompressionReport(layers, before, after, dense, adapter_name)
 
 
 def _layer(name: str, layer: Any, container: str, adapter_name: str, delta: Any) -> LayerReport:

@@ -268,7 +268,7 @@ class _Composed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, effective: list[Tensor], pull_back: PullBack, *trained: Tensor) -> Tensor:
         ctx.pull_back = pull_back
-        return effective[0].detach()  # in a list, so that the weight is no input: an input that is returned would be copied
+        return effective[0]  # in a list, so that the weight is no input: an input that is returned would be copied
 
     @staticmethod
     @plain_backward

@@ -133,7 +133,7 @@ class MergeTrainer:
         evaluate: `model -> {name: value}`, such as accuracies; called where the loss is looked at.
         accelerator: for devices, mixed precision and several processes; each takes its share of the batches, and gradients are
             averaged. Trained tensors are few, so the model is not wrapped for that.
-        adapter_name: of the adapter.
+        adapter_name: of the adapter; None for the active one.
         say: what is called with each line of the log; by default the main process prints them.
 
     The model is in evaluation mode throughout (no dropout of the base's own); only the mask is sampled.
@@ -147,7 +147,7 @@ class MergeTrainer:
         *,
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         accelerator: Accelerator | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         if len({task.name for task in tasks}) != len(tasks) or not tasks:
@@ -159,7 +159,7 @@ class MergeTrainer:
                 f"{type(model).__name__} has no task vectors to merge. Give the model that get_peft_model makes with a "
                 f"ConcreteConfig or an AtlasConfig."
             )
-        model.base_model.config_of(adapter_name)
+        adapter_name = model.base_model.chosen_adapter(adapter_name)
         self.model, self.tasks, self.adapter_name = model, list(tasks), adapter_name
         self.arguments = arguments or MergeArguments()
         self.accelerator = accelerator or Accelerator()

@@ -59,6 +59,11 @@ CONV = (16, 12, 3, 5)  # out, in, kernel
         ("embedding", (16, 50), {"r": 4}, [4, 4]),
         ("weight", (3, 16, 12), {"r": 4}, [3, 4, 4]),
         ("weight", (16,), {"r": 4}, [1]),
+        ("linear", (16, 12), {"r": 13}, [12, 12]),  # a number is an upper bound, as LoRA lets it pass
+        ("linear", (5, 12), {"r": 8}, [5, 5]),
+        ("linear", (1, 12), {"r": 8}, [1, 1]),
+        ("embedding", (16, 2), {"r": 8}, [2, 2]),
+        ("conv", CONV, {"r": 99, "r_spatial": 99}, [16, 12, 3, 5]),
         ("linear", (16, 12), {"r": [7, 1]}, [7, 1]),  # a list is taken as it is
     ],
 )
@@ -73,10 +78,9 @@ def test_ranks(kind: Any, shape: tuple[int, ...], fields: dict[str, Any], ranks:
 @pytest.mark.parametrize(
     ("kind", "shape", "fields", "message"),
     [
-        ("linear", (16, 12), {"r": 13}, r"r=13 .*\[16, 12\].*1 to 12"),
         ("linear", (16, 12), {"r": [17, 2]}, r"\[17, 2\] are larger than the modes \[16, 12\]"),
         ("linear", (16, 12), {"r": [2, 2, 2]}, r"has 3 ranks.*2 modes \(0 of the kernel\)"),
-        ("conv", CONV, {"r": 17}, r"r=17.*1 to 16"),
+        ("conv", CONV, {"r": [4, 13]}, r"\[4, 13, 2, 2\] are larger than the modes \[16, 12, 3, 5\]"),
         ("conv", CONV, {"r": [2, 2, 2]}, r"has 3 ranks.*4 modes \(2 of the kernel\)"),
         ("conv", CONV, {"r": 2, "r_spatial": [2]}, r"r_spatial=\[2\] has 1 ranks.*\[3, 5\] has 2 modes"),
         ("conv", CONV, {"r": 2, "r_spatial": [4, 2]}, r"larger than the modes"),
@@ -103,8 +107,8 @@ def test_other_fields_are_checked(fields: dict[str, Any]) -> None:
 def test_a_refusal_names_the_layer_and_changes_nothing() -> None:
     model = MODELS["llama"].model()
     before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: r=20.*1 to 16"):
-        get_peft_model(model, FloraConfig(r=20, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: the ranks \[20, 4\].*\[16, 16\]"):
+        get_peft_model(model, FloraConfig(r=[20, 4], target_modules=["q_proj"]))
     assert [type(module) for module in model.modules()] == before
 
 

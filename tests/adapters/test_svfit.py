@@ -734,14 +734,27 @@ def test_a_weighted_sum_beside_another_basis_leaves_it_alone(tmp_path: Path) -> 
     assert torch.equal(run(model, WIDE.batch()), before)
 
 
-def test_a_new_adapter_beside_another_basis_decomposes_its_own_weight(tmp_path: Path) -> None:
+def test_a_new_adapter_of_another_kind_decomposes_its_own_weight(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(WIDE.model(), with_foreign_basis(tmp_path))
     run(model, WIDE.batch())
-    model.add_adapter("new", SvfitConfig(r=16, **WIDE.targets))
-    fresh = get_peft_model(WIDE.model(), SvfitConfig(r=16, **WIDE.targets))
-    for mine, theirs in zip(deltas(model, "new").values(), deltas(fresh).values(), strict=True):
-        assert torch.equal(mine.singular_values, theirs.singular_values)
-        assert torch.equal(mine.basis, theirs.basis)
+    for fields in ({"svd": "full", "r": 16}, {"r": 20}, {"r": 16, "basis_dtype": "float32"}, {"r": 16, "save_basis": False}):
+        model.add_adapter("new", SvfitConfig(**fields, **WIDE.targets))
+        fresh = get_peft_model(WIDE.model(), SvfitConfig(**fields, **WIDE.targets))
+        for mine, theirs in zip(deltas(model, "new").values(), deltas(fresh).values(), strict=True):
+            assert torch.equal(mine.singular_values, theirs.singular_values)
+            assert torch.equal(mine.basis, theirs.basis)
+        model.delete_adapter("new")
+
+
+def test_a_new_adapter_of_the_same_kind_shares_the_basis_that_is_there(tmp_path: Path) -> None:
+    """Also one from a file: copies of the trained values are then copies of the adapter (tests/contract/test_reference.py)."""
+    model = PeftModel.from_pretrained(WIDE.model(), with_foreign_basis(tmp_path))
+    for r in (16, 5):  # or its leading part
+        model.add_adapter("new", SvfitConfig(r=r, **WIDE.targets))
+        for mine, theirs in zip(deltas(model, "new").values(), deltas(model).values(), strict=True):
+            assert mine.basis.untyped_storage().data_ptr() == theirs.basis.untyped_storage().data_ptr()
+            assert torch.equal(mine.singular_values, theirs.singular_values[:r])
+        model.delete_adapter("new")
 
 
 def test_a_file_with_a_full_basis_onto_a_used_adapter(tmp_path: Path) -> None:

@@ -141,13 +141,13 @@ WAY_OUT = ["list them with `model.named_modules()`"]
 MISFITS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "rank above the modes": (
         "llama",
-        {"r": 17, "target_modules": ["q_proj"]},
-        ["model.layers.0.self_attn.q_proj: r=17", "[16, 16]", "accepted are 1 to 16", "rank_pattern", "exclude_modules"],
+        {"r": [17, 2], "target_modules": ["q_proj"]},
+        ["model.layers.0.self_attn.q_proj: the ranks [17, 2]", "[16, 16]", "at most its mode", "rank_pattern"],
     ),
     "rank above one layer": (
         "llama",
-        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {r"layers.1.*v_proj": 40}},
-        ["model.layers.1.self_attn.v_proj: r=40", "1 to 16"],
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {r"layers.1.*v_proj": [40, 2]}},
+        ["model.layers.1.self_attn.v_proj: the ranks [40, 2]", "[16, 16]"],
     ),
     "rank of one mode too high": (
         "llama",

@@ -293,5 +293,5 @@ def test_a_report_without_a_batch_or_an_adapter() -> None:
     report = compression_report(trained("llama"))
     assert report.after.flops is None
     assert report.tables()[0].row_count == 2
-    with pytest.raises(ValueError, match="no adapter 'bogus' that compresses"):
+    with pytest.raises(ValueError, match=r"no adapter 'bogus', only \['default'\]"):
         compression_report(trained("llama"), adapter_name="bogus")

@@ -10,16 +10,14 @@ from safetensors.torch import save_file
 
 from peft_subspace import AtlasConfig, ConcreteConfig, FloraConfig, PelaConfig, SvfitConfig
 
-FLORA = {"r": 4}
+FLORA = {}  # the defaults: ranks are lowered where a layer is smaller, which is most of them here
 # The suite trains with plain SGD at a learning rate of 0.5 on inputs up to 90 and the sum as loss. There the step grows
 # with the square of the scale, and two adapted layers in a row (or a grouped conv) overflow at the default, which is made
 # for Adam. PEFT has such exceptions in its own tests.
 CALM = {"scale": 0.2}
 COLD = {"scale": 1e-4}  # this model feeds itself inputs up to 57,600 and is compared at a tolerance of 1e-4
-SMALL = {"r": 2}
-TINY = {"r": 1}  # a layer with a single output has rank 1
 PELA = {"r": 3}
-SVFIT = {"r": 4}  # lowered where a layer has fewer singular values
+SVFIT = {"r": 8}  # lowered where a layer has fewer singular values; the default is "full"
 
 
 # PEFT's models, whose task vectors a composed weight is made of. The suite makes a new model in every test, so the vectors fit
@@ -69,30 +67,30 @@ MOVING = {"rescale": False, "coefficients": 3.0}
 CASES = [
     ("FLoRA MLP 1", "MLP", FloraConfig, {**FLORA, "target_modules": "lin0"}),
     ("FLoRA MLP 2", "MLP", FloraConfig, {**FLORA, "target_modules": ["lin0"]}),
-    ("FLoRA MLP 3", "MLP", FloraConfig, {**SMALL, "target_modules": ["lin1"]}),
-    ("FLoRA MLP 4", "MLP", FloraConfig, {**SMALL, **CALM, "target_modules": ["lin0", "lin1"]}),
+    ("FLoRA MLP 3", "MLP", FloraConfig, {**FLORA, "target_modules": ["lin1"]}),
+    ("FLoRA MLP 4", "MLP", FloraConfig, {**FLORA, **CALM, "target_modules": ["lin0", "lin1"]}),
     ("FLoRA MLP 5", "MLP", FloraConfig, {**FLORA, "target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
     ("FLoRA MLP 6", "MLP", FloraConfig, {**FLORA, "target_modules": ["lin0"], "dropout": 0.1}),
     ("FLoRA MLP 7", "MLP", FloraConfig, {"r": [5, 3], "scale": 2.0, "target_modules": ["lin0"]}),
     ("FLoRA MLP 8", "MLP", FloraConfig, {**FLORA, "init_weights": "orthogonal", "target_modules": ["lin0"]}),
     ("FLoRA MLP 9", "MLP", FloraConfig, {**FLORA, "energy": 0.9, "target_modules": ["lin0"]}),
-    ("FLoRA Embedding + Conv1D 1", "EmbConv1D", FloraConfig, {**TINY, "target_modules": ["conv1d"]}),
+    ("FLoRA Embedding + Conv1D 1", "EmbConv1D", FloraConfig, {**FLORA, "target_modules": ["conv1d"]}),
     ("FLoRA Embedding + Conv1D 2", "EmbConv1D", FloraConfig, {**FLORA, "target_modules": ["emb"]}),
-    ("FLoRA Embedding + Conv1D 3", "EmbConv1D", FloraConfig, {**TINY, "target_modules": ["emb", "conv1d"]}),
-    ("FLoRA Conv1d", "Conv1d", FloraConfig, {**TINY, "target_modules": ["conv1d"]}),
+    ("FLoRA Embedding + Conv1D 3", "EmbConv1D", FloraConfig, {**FLORA, "target_modules": ["emb", "conv1d"]}),
+    ("FLoRA Conv1d", "Conv1d", FloraConfig, {**FLORA, "target_modules": ["conv1d"]}),
     ("FLoRA Conv1d bigger", "Conv1dBigger", FloraConfig, {**FLORA, "target_modules": ["conv1d"]}),
     ("FLoRA Conv1d groups", "Conv1dGroups", FloraConfig, {**FLORA, "target_modules": ["conv1d"]}),
     ("FLoRA Conv2d 1", "Conv2d", FloraConfig, {**FLORA, "target_modules": ["conv2d"]}),
-    ("FLoRA Conv2d 2", "Conv2d", FloraConfig, {**SMALL, **CALM, "target_modules": ["conv2d", "lin0"]}),
+    ("FLoRA Conv2d 2", "Conv2d", FloraConfig, {**FLORA, **CALM, "target_modules": ["conv2d", "lin0"]}),
     ("FLoRA Conv2d 3", "Conv2d", FloraConfig, {**FLORA, "r_spatial": 3, "target_modules": ["conv2d"]}),
     ("FLoRA Conv2d 1x1", "Conv2d1x1", FloraConfig, {**FLORA, "target_modules": ["conv2d"]}),
     ("FLoRA Conv2d wide", "Conv2d2", FloraConfig, {**FLORA, "target_modules": ["conv2d", "lin0"]}),
     ("FLoRA Conv2d groups 1", "Conv2dGroups", FloraConfig, {**FLORA, "target_modules": ["conv2d"]}),
     ("FLoRA Conv2d groups 2", "Conv2dGroups2", FloraConfig, {**FLORA, **COLD, "target_modules": ["conv2d"]}),
     ("FLoRA Conv3d 1", "Conv3d", FloraConfig, {**FLORA, "target_modules": ["conv3d"]}),
-    ("FLoRA Conv3d 2", "Conv3d", FloraConfig, {**SMALL, **CALM, "target_modules": ["conv3d", "lin0"]}),
+    ("FLoRA Conv3d 2", "Conv3d", FloraConfig, {**FLORA, **CALM, "target_modules": ["conv3d", "lin0"]}),
     ("FLoRA MHA 1", "MHA", FloraConfig, {**FLORA, "target_modules": ["mha"]}),
-    ("FLoRA MHA 2", "MHA", FloraConfig, {**SMALL, "target_modules": ["mha", "lin0"]}),
+    ("FLoRA MHA 2", "MHA", FloraConfig, {**FLORA, "target_modules": ["mha", "lin0"]}),
     ("FLoRA parameters 1", "MlpUsingParameters", FloraConfig, {**FLORA, "target_parameters": ["lin0.weight"]}),
     ("FLoRA", "decoder", FloraConfig, {**FLORA, "target_modules": None, "dropout": 0.05}),
     ("FLoRA", "seq2seq", FloraConfig, {**FLORA, "target_modules": None, "dropout": 0.05}),
