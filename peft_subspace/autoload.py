@@ -14,8 +14,6 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-from .whole_files import write_whole
-
 PTH_NAME = "peft_subspace_autoload.pth"
 MODULE_NAME = "_peft_subspace_autoload.py"
 
@@ -30,7 +28,9 @@ def enable() -> None:
     module, pth = _paths()
     source = Path(__file__).with_name("_autoload_hook.py").read_text()
     for path, text in ((module, source), (pth, f"import {module.stem}; {module.stem}.install()\n")):  # the .pth last
-        write_whole(path, text)
+        partial = path.with_suffix(".partial")
+        partial.write_text(text)
+        os.replace(partial, path)
 
 
 def disable() -> None:

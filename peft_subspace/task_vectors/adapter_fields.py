@@ -65,9 +65,9 @@ NO_EFFECT: dict[str, set[str]] = {
         *_PEFT, "bias", "lora_dropout", "use_dora", "ensure_weight_tying", "eva_config", "corda_config", "loftq_config",
         "lora_ga_config", "velora_config", "qalora_group_size", "megatron_config", "megatron_core", "runtime_config",
     },
-    "FLORA": {*_OURS, "r_spatial", "energy"},
+    "FLORA": {*_OURS, "r_spatial", "energy", "lowered_ranks"},
     "SVFIT": {
-        *_OURS, "energy", "max_r", "svd_niter", "seed", "svd_device", "save_basis", "form", "bias", "target_parameters",
+        *_OURS, "energy", "lowered_ranks", "max_r", "svd_niter", "seed", "svd_device", "save_basis", "form", "bias", "target_parameters",
     },
 }  # fmt: skip
 

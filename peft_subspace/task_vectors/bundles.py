@@ -6,6 +6,7 @@ config has their hashes; a bundled vector stands for the one that it was made of
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from urllib.parse import quote
 
 from .errors import InputError, OutputError
 from .provenance import part_record
-from .sources import open_checkpoint, shortened
+from .sources import ADAPTER_CONFIG, open_checkpoint, shortened
 
 if TYPE_CHECKING:
     from .task_vector import TaskVector
@@ -62,8 +63,17 @@ def write_bundle(folder: str | os.PathLike[str], record: dict[str, Any], vector:
         raise OutputError(f"{path.parent}: cannot be made: {error.strerror or error}.") from error
     shapes = {name: shape for name, shape in vector.shapes.items() if name in names}
     base = vector.base_name or str(record.get("base", ""))  # one from a bundle is opened without its base: the same bytes
-    replace(vector, shapes=shapes, base_name=base).save(path)
+    replace(vector, shapes=shapes, base_name=base).save(path, recorded=_is_recorded(path))
     record["bundle"] = part_record(open_checkpoint(path))
+
+
+def _is_recorded(path: Path) -> bool:
+    """Whether the config that was saved into the folder before says that its adapter has a vector in this file."""
+    try:
+        saved = json.loads((path.parent.parent / ADAPTER_CONFIG).read_bytes())
+        return any(file_of(record) == f"{FOLDER}/{path.name}" for record in saved["provenance"]["vectors"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _is_bundle(path: Path, record: Mapping[str, Any]) -> bool:

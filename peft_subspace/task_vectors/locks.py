@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ def _locked(path: Path) -> int:
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise OutputError(f"{path}: is no file, where the journal of the result would be. Remove it.")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, path)
             if _is_foreign(file):
                 raise OutputError(f"{path}: is no journal of peft_subspace, and has its name. Move it away.")
             with suppress(FileNotFoundError):
@@ -84,6 +85,17 @@ def _locked(path: Path) -> int:
             os.close(file)
             raise
         os.close(file)
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        warnings.warn(
+            f"{path}: this file system has no locks. See to it that no other process writes the same result.", stacklevel=2
+        )
 
 
 def _is_foreign(file: int) -> bool:

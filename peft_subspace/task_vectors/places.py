@@ -116,7 +116,9 @@ def real_place(out: Path) -> Path:
 
 def _refuse_lasting(out: Path, place: Path) -> None:
     """Some folders must stay, even if they are empty."""
-    lasting = {Path("/"): "the root of the file system", Path(os.path.realpath(Path.cwd())): "the current folder"}
+    lasting = {Path("/"): "the root of the file system"}
+    with suppress(FileNotFoundError):  # somebody has removed it
+        lasting[Path(os.path.realpath(os.getcwd()))] = "the current folder"
     home = os.path.realpath(os.path.expanduser("~"))
     if os.path.isabs(home):
         lasting[Path(home)] = "the home folder"
@@ -220,7 +222,9 @@ def _is_plain(name: Any) -> bool:
 
 def foreign_files(folder: Path) -> list[str]:
     """What in a folder is not, or not any more, as this package wrote it."""
-    ours = written_files(folder) or {}
+    ours = written_files(folder)
+    if ours is None:  # perhaps a disk of a million files: its names are enough
+        return sorted(f"{path.name}/" if path.is_dir() and not path.is_symlink() else path.name for path in folder.iterdir())
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

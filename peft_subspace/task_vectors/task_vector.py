@@ -260,11 +260,19 @@ class TaskVector:
                 conflicts, shared = conflicts + found[0], shared + found[1]
         return conflicts / shared if shared else 0.0
 
-    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, *, recorded: bool = False) -> None:
         """Write a task-vector file, which `open`, recipes and `inspect` read.
 
         Low-rank tensors are written as `name::A` `[r, ...]` and `name::B` `[rows, r]`, the others as they are. The file
         appears when it is whole; the same vector gives the same bytes.
+
+        Args:
+            path: of the file; a task-vector file that is there is replaced, and nothing else.
+            dtype: of the values.
+            recorded: replace a damaged file too, as a record says that it is one.
+
+        Raises:
+            OutputError: something else stands there, or the file cannot be written.
         """
         entries: Entries = {}
         for name, shape in self.shapes.items():
@@ -277,7 +285,8 @@ class TaskVector:
         metadata = {"format": "pt", FORMAT_KEY: TASK_VECTOR, "base": self.base_name, "version": "1"}
         if self.apart:
             metadata[APART_KEY] = ALL if self.apart == self.shapes.keys() else json.dumps(sorted(self.apart))
-        write_file(path, entries, metadata, (values.to(dtype) for name in self.shapes for values in self._written(name)))
+        values = (values.to(dtype) for name in self.shapes for values in self._written(name))
+        write_file(path, entries, metadata, values, recorded=recorded)
 
     def _written(self, name: str) -> Iterator[Tensor]:
         factors = self.factors(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,7 +33,14 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_file(path: str | os.PathLike[str], entries: Entries, metadata: dict[str, str], values: Iterable[Tensor]) -> None:
+def write_file(
+    path: str | os.PathLike[str],
+    entries: Entries,
+    metadata: dict[str, str],
+    values: Iterable[Tensor],
+    *,
+    recorded: bool = False,
+) -> None:
     """Write a file of tensors, one after the other; it is on the disk and whole when it has its name.
 
     Args:
@@ -40,12 +48,13 @@ def write_file(path: str | os.PathLike[str], entries: Entries, metadata: dict[st
         entries: name -> (dtype, shape), in the order of the values.
         metadata: texts.
         values: the tensors, in that order; each is asked for when it is written.
+        recorded: a record says that a file of this name is ours, so that it is replaced even if it is damaged.
 
     Raises:
         OutputError: the file cannot be written, or something else stands there.
     """
     header, _ = encode_header(entries, metadata)
-    place = check_file(path, overwrite=True)
+    place = Path(path) if recorded else check_file(path, overwrite=True)
     try:
         with whole_file(place) as file:
             file.write(header)

@@ -6,6 +6,7 @@ tried on each, and the whole tree is compared before and after.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -602,3 +603,15 @@ def test_a_killed_merge_leaves_no_hidden_folder(zoo: Path, tmp_path: Path) -> No
         assert sorted(os.listdir(tmp_path)) == ["out", "zoo"]
         shutil.rmtree(tmp_path / "out")
     assert point > 10
+
+
+def test_a_file_system_without_locks_is_warned_of(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre and NFS are mounted in places."""
+
+    def refuses(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    with pytest.warns(UserWarning, match=r"out\.partial\.journal: this file system has no locks"):
+        merge(zoo / "recipe.yaml", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out", "zoo"]
