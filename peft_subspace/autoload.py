@@ -11,6 +11,7 @@ This changes every process of the environment, so it never happens by itself.
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from pathlib import Path
 

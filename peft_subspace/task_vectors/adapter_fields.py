@@ -67,7 +67,8 @@ NO_EFFECT: dict[str, set[str]] = {
     },
     "FLORA": {*_OURS, "r_spatial", "energy", "lowered_ranks"},
     "SVFIT": {
-        *_OURS, "energy", "lowered_ranks", "max_r", "svd_niter", "seed", "svd_device", "save_basis", "form", "bias", "target_parameters",
+        *_OURS, "energy", "lowered_ranks", "max_r", "svd_niter", "seed", "svd_device", "save_basis", "form", "bias",
+        "target_parameters",
     },
 }  # fmt: skip
 
