@@ -118,7 +118,7 @@ def main() -> None:
         with torch.no_grad():
             same = torch.equal(loaded(**example).logits, model(**example).logits)
         print(f"loaded back, the basis made again from the base: {'the same' if same else 'OTHER'} logits, bit for bit")
-        save_as_lora(loaded, folder / "as-lora")
+        save_as_lora(loaded, folder / "as-lora", overwrite=True)
         print("exported to plain LoRA, exact and without an SVD")
 
 

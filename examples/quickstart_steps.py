@@ -37,7 +37,7 @@ def main(step: str, output: Path, repository: str) -> None:
             raise SystemExit(1)
     elif step == "export":
         model = AutoPeftModelForSequenceClassification.from_pretrained(output / "flora", num_labels=6)
-        peft_subspace.save_as_lora(model, output / "flora-as-lora")
+        peft_subspace.save_as_lora(model, output / "flora-as-lora", overwrite=True)
         print(f"Exported to plain LoRA: {output / 'flora-as-lora'}")
     else:
         base = AutoModelForSequenceClassification.from_pretrained(assets.model_path("minilm"), num_labels=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def to_lora(model: nn.Module, adapter_name: str | None = None) -> LoraExport:
 
 
 def save_as_lora(
-    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None, *, overwrite: bool = True
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None, *, overwrite: bool = False
 ) -> str:
     """Write `to_lora(model)` as a folder that `PeftModel.from_pretrained` loads without this package.
 
@@ -105,7 +106,7 @@ def save_as_lora(
         model: a PeftModel, or a transformers model with adapters.
         directory: the folder to make; it appears when it is whole.
         adapter_name: which adapter; the active one by default.
-        overwrite: replace an earlier result of this package, as `save_pretrained` does. Nothing else is ever replaced.
+        overwrite: replace an earlier result of this package. Nothing else is ever replaced.
 
     Returns:
         The name of the adapter, which the log says too.
@@ -121,6 +122,10 @@ def save_as_lora(
     with new_folder(place, "export", names, overwrite=overwrite) as folder:
         write_whole(folder / SAFETENSORS_WEIGHTS_NAME, save(state_dict, metadata={"format": "pt"}))
         lora_config.save_pretrained(os.fspath(folder))
+        saved = json.loads((folder / CONFIG_NAME).read_bytes())
+        for name in ("target_modules", "modules_to_save"):  # sets have no order: the same adapter must give the same bytes
+            saved[name] = sorted(saved[name]) if isinstance(saved[name], list) else saved[name]
+        write_whole(folder / CONFIG_NAME, json.dumps(saved, indent=2, sort_keys=True))
     logger.info(f"The adapter {exported.adapter_name!r} was saved as LoRA in {os.fspath(directory)}.")
     return exported.adapter_name
 

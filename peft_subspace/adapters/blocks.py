@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +114,7 @@ def open_blocks(config: Any, model: nn.Module) -> OpenedPool:
         check_pools_base(entries, model, looks=not config.is_from_file)
         if not config.is_from_file:
             _note_statistics(entries)
+            _note_heads(entries, config)
     for tied in first.values():
         for entry in entries:
             _add_tied(entry, tied)
@@ -145,6 +147,28 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
     """The class of a transformers model as a config has it, which notes it on saving alone."""
     cls: Any = next((one for one in type(model).__mro__ if one.__module__.startswith("transformers.")), type(model))
     return {"architectures": [cls.__name__]}
+
+
+def _note_heads(entries: list[Entry], config: Any) -> None:
+    """Warn of heads that vectors have and their base has not: there is no difference to compose, so the model's own answers."""
+    names = {name for entry in entries for name in entry.beside if not _is_named(name, config.exclude_modules)}
+    names = {name for name in names if not _is_named(name, config.modules_to_save)}
+    if names:
+        owners = sorted(entry.name for entry in entries if names & set(entry.beside))
+        warnings.warn(
+            f"The task vectors {shortened(owners)} have {shortened(sorted(names))}, which their base's file does not have. "
+            f"There is no difference to compose, and this model's own values answer. Give a base that has this head, set it "
+            f"yourself and save it with modules_to_save, or leave it out knowingly (exclude_modules).",
+            stacklevel=2,
+        )
+
+
+def _is_named(parameter: str, modules: Any) -> bool:
+    """Whether a parameter lies in one of some modules, named as PEFT's configs name them."""
+    module = parameter.rpartition(".")[0]
+    if isinstance(modules, str):
+        return re.fullmatch(modules, module) is not None
+    return any(f".{name}." in f".{module}." for name in modules or ())
 
 
 def _note_statistics(entries: list[Entry]) -> None:

@@ -99,6 +99,7 @@ def merge(
     from ..merging.outputs import side_files
     from ..merging.planner import make_plan
     from ..merging.recipe import load_recipe, with_shard_size
+    from ..merging.run import describe_unfinished
     from ..merging.run import merge as merge_recipe
     from ..task_vectors.errors import RecipeError
     from ..task_vectors.output_folder import partial_path, settle
@@ -141,6 +142,8 @@ def merge(
             if out is not None:
                 place = check_place(out, overwrite=overwrite, parts=plan.checkpoints, recipe=recipe)
                 console.say(f"Place    {describe_place(out, place)}", quiet)
+                if text := describe_unfinished(out, resume, overwrite):
+                    console.say(f"Place    {text}", quiet)
             return
         assert out is not None
         settle(out)
@@ -202,6 +205,7 @@ def extract(
     from ..task_vectors.models import open_source, without_base
     from ..task_vectors.pickles import pickles_allowed
     from ..task_vectors.places import check_file
+    from ..task_vectors.sources import shortened
     from ..task_vectors.task_vector import TaskVector
 
     if task_vector and (rank is not None or energy is not None):
@@ -225,7 +229,9 @@ def extract(
     if found.left_out:
         share = sum(found.left_out.values())
         console.say(
-            f"Left out, for LoRA has no layer for them: {len(found.left_out)} tensors, {share:.2%} of the squared norm.", quiet
+            f"Left out, as LoRA has no layer for them: {len(found.left_out)} tensors, {share:.2%} of the squared norm "
+            f"({shortened(sorted(found.left_out))}). --task-vector keeps all of them.",
+            quiet,
         )
 
 

@@ -276,6 +276,12 @@ class _Planner:
                     f"head. Write `subspace: {{on_missing: base}}` to leave them out of the result."
                 )
             self.notes.append(f"{shortened(both)}: brought by several adapters and not by the base, left out.")
+        if kept and self.recipe.subspace.output == "model":
+            self.notes.append(
+                f"{shortened(sorted(kept))}: brought by an adapter; the base's config.json describes a model without. Load the "
+                f"result with the class of the head and its number of classes, such as "
+                f"AutoModelForSequenceClassification.from_pretrained(OUT, num_labels={_rows(kept)})."
+            )
         return [TensorPlan(name, h.shape, h.dtype, Given(h), (), "copy") for name, h in kept.items()]
 
     def _parted(self, given: list[dict[str, Given]]) -> set[str]:
@@ -334,6 +340,11 @@ def _may_part_ties(source: Source, stored: Mapping[str, TensorHeader]) -> bool:
     """Whether a class has to be asked for its ties: for adapters, and models with other names than the base."""
     full = source.full
     return full is None or len(source.checkpoints) > 1 or full.tensors.keys() != stored.keys()
+
+
+def _rows(head: Mapping[str, TensorHeader]) -> int:
+    """The number of classes of a head: the rows of its last tensor."""
+    return next((header.shape[0] for header in reversed(list(head.values())) if header.shape), 0)
 
 
 def _place(header: TensorHeader) -> tuple[str, int]:

@@ -151,12 +151,40 @@ def _resolved(recipe: Recipe) -> Any:
 
 
 def _begin(output: OutputFolder, plan: Plan, resume: bool, overwrite: bool) -> None:
-    """Make the unfinished folder, or go on with the one that is there.
+    """Make the unfinished folder, or go on with the one that is there."""
+    _check_unfinished(output, resume, overwrite)
+    names = [shard.name for shard in plan.layout.shards]
+    output.begin([*names, *_beside_weights(plan), MANIFEST, f"{ALIGNED}/"], keep=resume)
+
+
+def describe_unfinished(out: Path, resume: bool, overwrite: bool) -> str | None:
+    """What would become of an unfinished result that is there; None if there is none.
 
     Raises:
-        OutputError: one is there, and neither `resume` nor `overwrite` says what to do about it.
+        OutputError: another process is writing it, or a merge would be refused for it.
+    """
+    settle(out)
+    place = real_place(out)
+    if not os.path.lexists(partial_path(place)):
+        return None
+    output = OutputFolder(place, "merge", overwrite=overwrite)
+    try:
+        _check_unfinished(output, resume, overwrite)
+    finally:
+        output.leave()
+    return f"{output.folder}: unfinished; the merge would {'go on with it' if resume else 'start anew'}"
+
+
+def _check_unfinished(output: OutputFolder, resume: bool, overwrite: bool) -> None:
+    """See that an unfinished result that is there may be cleared, or gone on with.
+
+    Raises:
+        OutputError: it holds files of others, was begun by another command, or neither `resume` nor `overwrite` says what to
+            do about it.
     """
     begun = output.is_begun()
+    if begun:
+        output.refuse_others()
     if begun and not resume and not overwrite:
         raise OutputError(
             f"{output.folder}: an unfinished result of `{output.made_by_another() or 'merge'}` is there. Pass --resume to go "
@@ -166,8 +194,6 @@ def _begin(output: OutputFolder, plan: Plan, resume: bool, overwrite: bool) -> N
         raise OutputError(
             f"{output.folder}: was begun by `{other}`, which cannot be resumed by a merge. Start anew with --overwrite."
         )
-    names = [shard.name for shard in plan.layout.shards]
-    output.begin([*names, *_beside_weights(plan), MANIFEST, f"{ALIGNED}/"], keep=resume)
 
 
 def _beside_weights(plan: Plan) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,6 +57,7 @@ def _built(architecture: str, text: str) -> Blueprint | None:
         modules = {f"{name}.weight": module for name, module in model.named_modules(remove_duplicate=False)}
         embeddings = frozenset(name for name, module in modules.items() if isinstance(module, torch.nn.Embedding))
         layers = frozenset(name for name, module in modules.items() if _has_lora(name, module, config.get("model_type")))
+        layers -= _read_by_owner(model)
         return Blueprint(model, dict(model.all_tied_weights_keys), embeddings, layers, computes)
     except Exception:  # an architecture of its own, a config that does not fit, another transformers
         return None
@@ -75,6 +77,8 @@ def _has_lora(name: str, module: Any, model_type: str | None) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     nn = torch.nn
+    if isinstance(module, nn.Embedding) and not module.weight.requires_grad:  # a table that is read and never called
+        return False
     if isinstance(module, nn.Embedding):  # one with a forward of its own takes no ids, as positions of OPT, or scales them
         return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     if model_type in _MAMBA and name.endswith((".out_proj.weight", ".conv1d.weight")):
@@ -82,5 +86,24 @@ def _has_lora(name: str, module: Any, model_type: str | None) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
+def _read_by_owner(model: Any) -> set[str]:
+    """Weights of layers of which the forward of the module around reads what PEFT's LoRA layers do not have, and crashes."""
+    found = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name == "" or any(True for _ in module.children()):
+            text = _source_of_forward(type(module))
+            found |= {f"{name}.{layer}.weight".removeprefix(".") for layer in _READ.findall(text)}
+    return found
+
+
+def _source_of_forward(cls: Any) -> str:
+    try:
+        return inspect.getsource(cls.forward)
+    except (OSError, TypeError, AttributeError):
+        return ""
+
+
+# As Whisper's encoder multiplies the strides of its convolutions
+_READ = re.compile(r"self\.(\w+)\.(?:stride|kernel_size|padding|dilation|groups|num_embeddings|embedding_dim|padding_idx)\b")
 _TIE = "tie_word_embeddings"
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # their kernels read weights past a layer's forward

@@ -99,7 +99,7 @@ class OutputFolder:
             OutputError: the folder holds a file that no earlier run has named.
         """
         if self.is_begun():
-            self._refuse_others()
+            self.refuse_others()
             if not keep:
                 self.clear()
         if not self.is_begun():
@@ -123,7 +123,8 @@ class OutputFolder:
         ours = [name for name in inside if _is_named(name, named)]
         return ours, [name for name in inside if name not in ours]
 
-    def _refuse_others(self) -> None:
+    def refuse_others(self) -> None:
+        """Raise an OutputError if the unfinished folder holds a file that its journal does not name."""
         _, others = self._inside()
         if others:
             raise OutputError(

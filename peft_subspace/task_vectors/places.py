@@ -106,7 +106,10 @@ def real_place(out: Path) -> Path:
                 f"{out}: is a link to {place}, which does not exist. Make that folder, or remove the link."
             ) from None
         return place
-    except OSError as error:  # a parent that is a file, a name that is too long, a circle of links
+    except NotADirectoryError:
+        above = next(parent for parent in place.parents if parent.exists())
+        raise OutputError(f"{out}: cannot be made, as {above} is {kind_of(os.lstat(above).st_mode)}.") from None
+    except OSError as error:  # a name that is too long, a circle of links
         raise OutputError(f"{out}: is not a name for a new folder: {error.strerror}.") from error
     if not stat.S_ISDIR(mode):
         through = f" a link to {place}," if out.is_symlink() else ""

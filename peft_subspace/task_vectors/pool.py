@@ -18,7 +18,7 @@ from torch import Tensor
 from ..functional.composition import Dense, LowRank, Vector
 from .errors import InputError
 from .joined import joined
-from .models import Source, open_source, without_base
+from .models import Source, extra_saved, given_by, open_source, without_base
 from .provenance import digest, identity, record_of
 from .readers import read_adapter
 from .reading import GivenReader, Reader
@@ -26,6 +26,7 @@ from .references import HUB_ID, Reference
 from .renaming import names_in_memory, pieces_in_memory
 from .sources import Checkpoint, shortened
 from .task_vector import TaskVector
+from .ties import with_ties
 from .validate import is_buffer, made_for_another, match_names
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -44,6 +45,7 @@ class Entry:
         names: name of a parameter of the model -> name in the vector.
         record: what it is known by: reference, commit, fingerprints of its files and of its base's.
         places: of the very files.
+        beside: parameters of the model that the source has and its base's file lacks, such as a head: it is no difference.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Entry:
     names: dict[str, str] = field(repr=False)
     record: dict[str, Any] = field(repr=False)
     places: tuple[Any, ...] = field(default=(), repr=False)
+    beside: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def digest(self) -> str:
@@ -249,6 +252,7 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
             )
         base_source = None if needed is None else open_source(needed)
         vector = TaskVector.of_source(without_base(source, base_source), base_source)
+        beside = _beside(source, base_source, model)
         vector, names = _matched(vector, model)
         for part in source.checkpoints if model.strict else ():
             if declared := made_for_another(part, str(own_base or model.base or "")):
@@ -260,7 +264,16 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
     except InputError as error:
         raise InputError(f"The task vector {name!r}: {error}") from error
     parts = [*source.checkpoints, *(() if base_source is None else base_source.checkpoints)]
-    return Entry(name, vector, names, record_of(name, source, base_source), _places(parts))
+    return Entry(name, vector, names, record_of(name, source, base_source), _places(parts), beside)
+
+
+def _beside(source: Source, base: Source | None, model: _Model) -> tuple[str, ...]:
+    if base is None or base.full is None:
+        return ()
+    known, aliases = with_ties(base.full.tensors, base.full.config)
+    _, _, extra = given_by(source, known, config=base.full.config, aliases=aliases)
+    names = [name for name in (*extra, *extra_saved(source, known)) if not is_buffer(name)]
+    return tuple(sorted({name for name in names if name in model.shapes}))
 
 
 def _places(parts: Sequence[Checkpoint]) -> tuple[Any, ...]:

@@ -94,3 +94,22 @@ def test_adapters_in_pickles_are_read_where_they_are_allowed(method: str, tmp_pa
     (tmp_path / "t1" / "adapter_model.safetensors").unlink()
     with pickles_allowed(True, tmp_path), pytest.raises(InputError, match=r"has adapter_config\.json but no adapter_model"):
         peft.get_peft_model(MODELS["bert"].model(), cls(pool={"t1": str(tmp_path / "t1")}, base=str(tmp_path / "base")))
+
+
+@pytest.mark.parametrize("member", ["adapter", "whole model"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_head_that_the_bases_file_lacks_is_named(method: str, member: str, tmp_path: Path) -> None:
+    """An encoder as base, as it is on the Hub: the vectors' heads are no differences, and a random head would answer."""
+    first, _ = classifiers(tmp_path)
+    encoder: Any = MODELS["bert"].model()
+    encoder.bert.save_pretrained(tmp_path / "base")
+    if member == "whole model":
+        first.merge_and_unload().save_pretrained(tmp_path / "t0")
+        (tmp_path / "t0" / "adapter_config.json").unlink()
+        (tmp_path / "t0" / "adapter_model.safetensors").unlink()
+    cls, _ = CONFIGS[method]
+    fields: dict[str, Any] = {"pool": {"t0": str(tmp_path / "t0")}, "base": str(tmp_path / "base")}
+    with pytest.warns(UserWarning, match=r"The task vectors t0 have classifier\.bias, classifier\.weight, which their base"):
+        peft.get_peft_model(MODELS["bert"].model(), cls(**fields))
+    for more in ({"exclude_modules": ["classifier"]}, {"modules_to_save": ["classifier"]}):  # decided knowingly
+        peft.get_peft_model(MODELS["bert"].model(), cls(**fields, **more))

@@ -132,7 +132,7 @@ def test_of_several_active_ones_one_must_be_named(method: Method, tmp_path: Path
     calls = {name: getattr(model.base_model, name) for name in methods_of(model.base_model)}
     calls |= {
         "to_lora": lambda **given: to_lora(model),
-        "save_as_lora": lambda **given: save_as_lora(model, tmp_path / "lora"),
+        "save_as_lora": lambda **given: save_as_lora(model, tmp_path / "lora", overwrite=True),
         "compression_report": lambda **given: compression_report(model),
         "export_compressed": lambda **given: export_compressed(model),
     }

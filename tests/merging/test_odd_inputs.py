@@ -200,3 +200,20 @@ def test_pickles_in_two_sets_are_what_transformers_loads(tmp_path: Path) -> None
     expected = read(merge(recipe(tmp_path, models="a"), tmp_path / "out2"))
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
     save_file(tensors, tmp_path / "p" / "model.safetensors")
+
+
+def test_a_head_that_an_adapter_brings_to_an_encoder_is_said_with_the_way_to_load_it(tmp_path: Path) -> None:
+    model = peft.get_peft_model(MODELS["bert"].model(), peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    expected = run(model.eval(), MODELS["bert"].batch())
+    model.save_pretrained(tmp_path / "model")
+    encoder: Any = MODELS["bert"].model()
+    encoder.bert.save_pretrained(tmp_path / "base")
+    labels = expected.shape[1]
+    plan = make_plan(make_recipe(one(tmp_path)))
+    assert any(f"from_pretrained(OUT, num_labels={labels})" in note for note in plan.notes)
+    out = merge(one(tmp_path), tmp_path / "out")
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(out, num_labels=labels)
+    torch.testing.assert_close(run(found.eval(), MODELS["bert"].batch()), expected, rtol=1e-4, atol=1e-5)

@@ -425,6 +425,47 @@ def test_a_dry_run_says_what_stands_there_and_what_becomes_of_it(
     assert tree(tmp_path) == before
 
 
+def test_a_dry_run_says_what_becomes_of_an_unfinished_result(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused where the merge would be, and nothing changes."""
+
+    def dry(*more: str) -> tuple[int, str]:
+        code = run(["merge", str(zoo / "recipe.yaml"), str(tmp_path / "out"), "--dry-run", *more])
+        said = capsys.readouterr()
+        return code, (said.err.strip() or said.out.splitlines()[-1]).replace(str(tmp_path), "")
+
+    first = OutputFolder(tmp_path / "out", "merge")
+    first.begin(["model.safetensors"])
+    (first.folder / "model.safetensors").write_text("half")
+    before = tree(tmp_path)
+    assert dry() == (4, "Error: /out.partial.journal: another process is writing this result. Wait for it, or end it.")
+    first.leave()
+    assert dry()[0] == 4
+    assert dry("--resume") == (0, "Place    /out.partial: unfinished; the merge would go on with it")
+    assert dry("--overwrite") == (0, "Place    /out.partial: unfinished; the merge would start anew")
+    assert tree(tmp_path) == before
+    (first.folder / "thesis.tex").write_text("mine")
+    for more in ([], ["--resume"], ["--overwrite"]):
+        code, said = dry(*more)
+        assert code == 4
+        assert "/out.partial: holds thesis.tex, which is no part of an unfinished result" in said
+
+
+def test_saving_twice_is_asked_for(zoo: Path, tmp_path: Path) -> None:
+    """The same adapter gives the same bytes; what another command made is not replaced unasked."""
+    _save_as_lora(zoo, tmp_path / "lora", False)
+    first = contents(tmp_path / "lora")
+    base: PreTrainedModel = MODELS["llama"].model()
+    model = peft.PeftModel.from_pretrained(base, os.fspath(zoo / "flora"))
+    merge(zoo / "recipe.yaml", tmp_path / "merged")
+    for out in ("lora", "merged"):
+        with pytest.raises(OutputError, match=r"already exists .* pass --overwrite \(overwrite=True\)"):
+            peft_subspace.save_as_lora(model, tmp_path / out)
+    peft_subspace.save_as_lora(model, tmp_path / "lora", overwrite=True)
+    assert contents(tmp_path / "lora") == first
+
+
 def test_what_is_said_of_a_place(tmp_path: Path) -> None:
     with new_folder(tmp_path / "made", "extract", ["x"]) as folder:
         (folder / "x").write_text("1")

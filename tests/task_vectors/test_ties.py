@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -212,3 +213,22 @@ def test_the_config_says_untied_unless_more_depends_on_it(name: str, untied: boo
     _, expected = adapted(name, tmp_path, "LoRA on the head", tmp_path / "adapter")
     assert distance(merged(name, tmp_path, tmp_path / "adapter", tmp_path / "out"), expected) < CLOSE
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is not untied
+
+
+def test_extract_leaves_out_tables_that_are_read_and_never_called(tmp_path: Path) -> None:
+    """The positions of Whisper's encoder: plain PEFT would crash on a LoRA there."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_source_positions": 8,
+        "max_target_positions": 16, "num_mel_bins": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+    }  # fmt: skip
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    trained(model.requires_grad_(True), 0.05).save_pretrained(tmp_path / "tuned")
+    found = extract_lora(str(tmp_path / "tuned"), str(tmp_path / "base"), tmp_path / "lora", rank=4)
+    assert "model.encoder.embed_positions.weight" in found.left_out
+    base = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
+    plain.get_base_model()(input_features=torch.randn(1, 8, 16), decoder_input_ids=torch.tensor([[1, 5]]))
