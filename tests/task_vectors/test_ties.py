@@ -232,3 +232,13 @@ def test_extract_leaves_out_tables_that_are_read_and_never_called(tmp_path: Path
     base = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
     plain = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
     plain.get_base_model()(input_features=torch.randn(1, 8, 16), decoder_input_ids=torch.tensor([[1, 5]]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "roberta"])
+def test_aligned_merges(name: str, tmp_path: Path) -> None:
+    """Neurons in another order compute the same, and the result stays tied."""
+    expected = logits(trained(save(name, tmp_path / "base"), 0.02))
+    trained(load(name, tmp_path / "base"), 0.02).save_pretrained(tmp_path / "tuned")
+    merge(recipe(tmp_path, tmp_path / "tuned", align="weight_matching"), tmp_path / "out")
+    assert distance(logits(load(name, tmp_path / "out")), expected) < CLOSE
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
