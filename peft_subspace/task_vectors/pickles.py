@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
-from .headers import refuse_pointer
+from .headers import Stamp, refuse_pointer, stamp_of
 from .locks import scratch_folder
 
 _scratch: Path | None = None  # where rewritten models are; None while pickles are refused
@@ -71,7 +71,7 @@ def _rewrite(files: list[Path], target: Path) -> None:
 
     from .writing import CODES, entries_of, write_file
 
-    tensors = {}
+    tensors, stamps = {}, _stamps(files)
     for file in files:
         refuse_pointer(file)
         try:
@@ -85,3 +85,22 @@ def _rewrite(files: list[Path], target: Path) -> None:
         if tensor.dtype not in CODES:
             raise InputError(f"{files[0].parent}: {name!r} has the dtype {tensor.dtype}, which is not supported.")
     write_file(target, entries_of(tensors), {"format": "pt"}, tensors.values())
+    for file, stamp in _stamps(files).items():  # values are read from the disk when they are written
+        if stamp != stamps[file]:
+            raise InputError(f"{file}: was replaced or changed while it was read. Start again when the file is whole.")
+
+
+def _stamps(files: list[Path]) -> dict[Path, Stamp]:
+    """What files are known by, before and after they are read.
+
+    Raises:
+        InputError: one of them is gone.
+    """
+    found = {}
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                found[file] = stamp_of(opened.fileno())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror or error}.") from error
+    return found

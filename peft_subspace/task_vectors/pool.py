@@ -265,8 +265,7 @@ def _open(name: str, given: Any, model: _Model) -> Entry:
 
 def _places(parts: Sequence[Checkpoint]) -> tuple[Any, ...]:
     """The very files, by which vectors in memory are known: two that look the same in their samples are two all the same."""
-    paths = [file.path.resolve() for part in parts for file in part.files]
-    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+    return tuple((str(file.path.resolve()), file.stamp) for part in parts for file in part.files)
 
 
 def _needs_its_base(source: Source) -> bool:
