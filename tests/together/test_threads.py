@@ -14,6 +14,7 @@ import torch
 
 from peft_subspace.merging import merge, verify
 from peft_subspace.task_vectors.errors import InputError, OutputError
+from peft_subspace.task_vectors.extract import extract_lora
 from peft_subspace.task_vectors.pickles import are_allowed, pickles_allowed
 from peft_subspace.task_vectors.remote import headers_only
 from peft_subspace.task_vectors.sources import open_checkpoint
@@ -40,19 +41,35 @@ def at_once(actions: list[Callable[[], Any]]) -> list[Any]:
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties", "tsv_m"])
 def test_merges_in_several_threads(method: str, tmp_path: Path) -> None:
-    """Into folders of their own; torch's number of threads is put back."""
+    """Into folders of their own; torch's number of threads is put back, also for threads that come later."""
     trio(tmp_path)
     table = recipe(tmp_path, method)
     expected = contents(merge(table, tmp_path / "alone"))
     before = torch.get_num_threads()
-    for _ in range(5):
-        outs = [tmp_path / f"out{number}" for number in range(THREADS)]
-        at_once([lambda out=out: merge(table, out, threads=2, overwrite=True) for out in outs])  # type: ignore[misc]
-        for out in outs:
-            verify(out)
-            assert contents(out) == expected
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        for _ in range(5):
+            outs = [tmp_path / f"out{number}" for number in range(THREADS)]
+            at_once([lambda out=out: merge(table, out, threads=2, overwrite=True) for out in outs])  # type: ignore[misc]
+            for out in outs:
+                verify(out)
+                assert contents(out) == expected
+            assert [torch.get_num_threads(), *at_once([torch.get_num_threads])] == [2, 2]
+    finally:
+        torch.set_num_threads(before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "alone", "b", "base", "c", "out0", "out1", "out2"]
+
+
+def test_extractions_in_several_threads(tmp_path: Path) -> None:
+    trio(tmp_path)
+
+    def extracted(number: int) -> dict[str, bytes]:
+        extract_lora(str(tmp_path / "a"), str(tmp_path / "base"), tmp_path / f"lora{number}", rank=2)
+        return contents(tmp_path / f"lora{number}")
+
+    expected = extracted(THREADS)
+    found = at_once([lambda number=number: extracted(number) for number in range(THREADS)])  # type: ignore[misc]
+    assert found == THREADS * [expected]
 
 
 def test_two_threads_do_not_write_one_result(tmp_path: Path) -> None:
