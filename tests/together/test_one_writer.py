@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from peft import get_peft_model
 
 from peft_subspace.cli.app import run
+from peft_subspace.merging import verify
+from peft_subspace.merging.journal import Journal
 from peft_subspace.task_vectors.extract import extract_lora
 from peft_subspace.task_vectors.locks import only_writer
 from peft_subspace.task_vectors.task_vector import TaskVector
@@ -80,6 +82,36 @@ def test_one_of_several_processes_writes(verb: str, flag: str, made_once: Path, 
             assert mine.read_bytes() == alone.read_bytes()
         elif verb != "merge that learns":  # its recipe names the folder of what was learned
             assert contents(mine) == contents(alone)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("verb", RESUMES)
+def test_one_of_several_processes_goes_on(verb: str, flag: str, made_once: Path, tmp_path: Path) -> None:
+    """With what an interrupted one left; or starts anew."""
+    arguments = [*map(str, VERBS[verb](made_once, tmp_path / "work" / "out")), "--quiet"]
+    (tmp_path / "said").mkdir()
+    save, add, seen = MergeTrainer._save, Journal.add, []
+
+    def saved(self: MergeTrainer, *given: Any) -> None:
+        save(self, *given)
+        raise KeyboardInterrupt
+
+    def added(self: Journal, *given: Any) -> None:
+        add(self, *given)
+        seen.append(given)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MergeTrainer, "_save", saved)
+        patch.setattr(Journal, "add", added)
+        assert run(arguments) == 130
+    unfinished = [name for name in os.listdir(tmp_path / "work") if name.endswith(".partial")]
+    assert unfinished == ["out.learned.partial" if verb == "merge that learns" else "out.partial"]
+    runs = race(tmp_path / "said", RUNS, lambda _: run([*arguments, flag]))
+    assert sorted((one["found"], one["worked"]) for one in runs) == [(0, True)] + (RUNS - 1) * [(4, False)], runs
+    assert sorted(os.listdir(tmp_path / "work")) == (["out", "out.learned"] if verb == "merge that learns" else ["out"])
+    verify(tmp_path / "work" / "out")
 
 
 COMPOSING = {name: method for name, method in METHODS.items() if method.composes}
