@@ -24,7 +24,7 @@ from .readers import read_adapter
 from .reading import GivenReader, Reader
 from .references import HUB_ID, Reference
 from .renaming import names_in_memory, pieces_in_memory
-from .sources import Checkpoint, shortened
+from .sources import Checkpoint, counted, shortened
 from .task_vector import TaskVector
 from .validate import is_buffer, made_for_another, match_names
 
@@ -292,14 +292,16 @@ def _matched(vector: TaskVector, model: _Model) -> tuple[TaskVector, dict[str, s
     names = {ours: theirs for theirs, ours in found.items() if ours in model.shapes}
     if not names or (lost and model.strict):
         raise InputError(
-            f"{len(lost)} of its {len(vector.shapes)} tensors are parameters of no layer of this model: {shortened(lost)}. "
+            f"{len(lost)} of its {len(vector.shapes)} tensors {'is a parameter' if len(lost) == 1 else 'are parameters'} of no "
+            f"layer of this model: {shortened(lost)}. "
             f"It was made on another model, or they stand on the model itself, outside of its layers, where they cannot be "
             f"composed, or transformers makes other parameters of them on loading; with strict=False such tensors are left out."
         )
     wrong = [name for name, theirs in names.items() if vector.shapes[theirs] != model.shapes[name]]
     if wrong:
         pairs = [f"{name!r} is {list(vector.shapes[names[name]])}, in the model {list(model.shapes[name])}" for name in wrong]
-        raise InputError(f"{len(wrong)} tensors have other shapes than in the model: {shortened(pairs)}.")
+        others = counted(len(wrong), "tensor has another shape", "tensors have other shapes")
+        raise InputError(f"{others} than in the model: {shortened(pairs)}.")
     return vector, names
 
 

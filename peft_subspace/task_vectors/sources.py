@@ -221,6 +221,11 @@ def shortened(items: list[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """A number and the words that follow it: "1 tensor has", "2 tensors have"."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def fingerprint(header: FileHeader, whole: bool = False) -> dict[str, Any]:
     """What a file is known by: its size, and the SHA-256 of its header and 256 evenly spaced blocks of 4 KiB.
 
