@@ -57,8 +57,10 @@ def test_a_folder_of_another_run_is_refused_in_every_process(ran: tuple[Path, di
 
 def test_a_resume_with_another_number_of_processes_names_both(ran: tuple[Path, dict[str, Any]]) -> None:
     said = r"was written with other arguments: processes \(2 there, 1 here\)\. Go on with those, or choose another output_dir"
+    (folder, report), name = ran, COMPOSING[0]
+    run = run_of(METHODS[name], Accelerator(cpu=True), folder / f"{name}, best", apart, report[f"{name}, pool"])
     with pytest.raises(ValueError, match=said):
-        run_of(METHODS[COMPOSING[0]], Accelerator(cpu=True), ran[0] / f"{COMPOSING[0]}, best", apart).train(resume=True)
+        run.train(resume=True)
 
 
 def test_healing_logs_the_parts_of_all_processes(ran: tuple[Path, dict[str, Any]]) -> None:

@@ -34,7 +34,12 @@ def apart(rank: int, count: int) -> float:
 
 
 def run_of(
-    method: Method, accelerator: Accelerator, folder: Path | None, evaluate: Callable[[int, int], float], **fields: Any
+    method: Method,
+    accelerator: Accelerator,
+    folder: Path | None,
+    evaluate: Callable[[int, int], float],
+    pool: dict[str, str] | None = None,
+    **fields: Any,
 ) -> MergeTrainer:
     """A run that looks after each step, with rows of its own in each process; `own` has what it has seen itself."""
     rank, own = accelerator.process_index, list[float]()
@@ -44,7 +49,8 @@ def run_of(
         return {"accuracy": own[-1]}
 
     torch.manual_seed(0)
-    model = get_peft_model(PICO.model(), method.make(PICO, **method.steady))
+    config = method.make(PICO, **{**method.steady, **({} if pool is None else {"pool": pool})})
+    model = get_peft_model(PICO.model(), config)
     given = {
         "mask_steps": 6, "mask_lr": 0.5, "coefficient_steps": 6, "coefficient_lr": 0.1, "eval_every": 1, "eval_batches": 1,
         "patience": PATIENCE, "output_dir": None if folder is None else str(folder), **fields,
@@ -115,6 +121,7 @@ def main(folder: Path) -> None:
             save_file(ddp_merge.tensors(trainer), folder / f"{key}-{rank}.safetensors")
             found = {"looks": looks, "own": trainer.own, "selected": asdict(trainer.selected)}  # type: ignore[attr-defined]
             report[key] = gather_object([found])
+            report[f"{name}, pool"] = trainer.model.peft_config["default"].pool
     report["other names"] = gather_object([other_names(accelerator)])
     report["locked"] = gather_object([locked(accelerator, folder / "locked")])
     logged, own = heal(folder / "healing")
