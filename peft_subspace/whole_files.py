@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+NAMED = 80  # characters of a file's name that are in that of its unfinished one; a name has 255 bytes at most
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
@@ -29,7 +31,7 @@ def whole_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[An
     """
     path = Path(path)
     _refuse_special(path)
-    partial = path.with_name(f".{path.name[:80]}-{secrets.token_hex(8)}")
+    partial = path.with_name(f".{path.name[:NAMED]}-{secrets.token_hex(8)}")
     # O_EXCL follows no link, and 0o666 leaves the rights to the umask
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

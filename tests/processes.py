@@ -45,8 +45,10 @@ def peak_growth(script: str, *arguments: object) -> int:
     return int(printed)
 
 
-def report_of_two(script: str, factory: pytest.TempPathFactory, **environment: str) -> tuple[Path, dict[str, Any]]:
-    """A folder, and the report that a script of `tests/distributed` wrote there from two processes that torchrun starts.
+def report_of_two(
+    script: str, factory: pytest.TempPathFactory, where: str = "distributed", **environment: str
+) -> tuple[Path, dict[str, Any]]:
+    """A folder, and the report that a script of `tests/{where}` wrote there from two processes that torchrun starts.
 
     To start them costs seconds and both cores, so it is done once for all tests, also if pytest-xdist deals these out to
     several workers: the others wait.
@@ -56,7 +58,7 @@ def report_of_two(script: str, factory: pytest.TempPathFactory, **environment: s
     with FileLock(f"{folder}.lock"):
         if not (folder / "report.json").exists():
             folder.mkdir()
-            path = REPOSITORY / "tests/distributed" / f"{script}.py"
+            path = REPOSITORY / "tests" / where / f"{script}.py"
             starter = ["--standalone", "--nproc-per-node", 2, path, folder]
             run_python("-m torch.distributed.run", *starter, timeout=500, POOLS=str(folder / "pools"), **environment)
     return folder, json.loads((folder / "report.json").read_text())

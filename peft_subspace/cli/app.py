@@ -202,6 +202,7 @@ def extract(
     """Make a LoRA adapter or a task-vector file out of a fine-tuned model and its base."""
     from ..task_vectors.errors import RecipeError
     from ..task_vectors.extract import extract_lora
+    from ..task_vectors.locks import only_writer
     from ..task_vectors.models import open_source, without_base
     from ..task_vectors.pickles import pickles_allowed
     from ..task_vectors.places import check_file
@@ -216,9 +217,11 @@ def extract(
                 raise RecipeError(f"{out}: a task vector is one file; give a name that ends in .safetensors.")
             check_file(out, overwrite)
             sources = open_source(model), open_source(base)
-            check_file(out, overwrite, (part for source in sources for part in source.checkpoints))
+            place = check_file(out, overwrite, (part for source in sources for part in source.checkpoints))
             vector = TaskVector.of_source(without_base(*sources), sources[1])
-            vector.save(out)
+            with only_writer(place):
+                check_file(out, overwrite)  # once more: another process may just have ended
+                vector.save(out)
             console.say(f"{out}: {len(vector)} tensors, {console.size(out.stat().st_size)}, norm {vector.norm():.4g}.", quiet)
             return
         found = extract_lora(model, base, out, rank=rank, energy=energy, overwrite=overwrite)

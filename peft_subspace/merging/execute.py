@@ -61,12 +61,10 @@ def execute(plan: Plan, files: OutputFiles, journal: Journal, done: dict[str, in
         files.finished(name)
     run = _Run(plan, settings)
     run.remaining = remaining
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     # glibc returns freed memory above a threshold to the system, which then clears it page by page for the next tile; freeing
     # one large block, which was never touched, raises the threshold above what a tile needs.
     torch.empty(3 * 2**23, dtype=torch.uint8)
-    try:
+    with _one_thread_of_torch():
         run.reduced = whole_model_passes(plan, settings)
         with ThreadPoolExecutor(settings.threads, thread_name_prefix="merge") as pool:
             try:
@@ -78,8 +76,31 @@ def execute(plan: Plan, files: OutputFiles, journal: Journal, done: dict[str, in
         for future in finished:
             if future.exception() is not None and not isinstance(future.exception(), Stopped):
                 future.result()
+
+
+_merges, _threads_before = 0, 1
+_merges_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _one_thread_of_torch() -> Iterator[None]:
+    """Let torch compute in one thread within the block.
+
+    torch keeps one number for threads that are yet to come and one for each that has computed. So what was before is known
+    to the first of several merges that run at the same time, and each of them puts that back.
+    """
+    global _merges, _threads_before
+    with _merges_lock:
+        if _merges == 0:
+            _threads_before = torch.get_num_threads()
+        _merges += 1
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
-        torch.set_num_threads(before)
+        with _merges_lock:
+            _merges -= 1
+            torch.set_num_threads(_threads_before)
 
 
 def verify_done(plan: Plan, files: OutputFiles, done: dict[str, int]) -> dict[str, int]:

@@ -33,8 +33,9 @@ from .recipe import Recipe
 
 LEARNING = "learning.json"
 CHECKPOINTS = ("checkpoint", "checkpoint.old", "checkpoint.partial")
+LOCK = "checkpoint.lock"  # of `MergeTrainer`
 FILES = (
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", LEARNING, "history.json", RECORD, f"{VECTORS}/",
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", LEARNING, "history.json", RECORD, LOCK, f"{VECTORS}/",
     *(f"{name}/" for name in CHECKPOINTS),
 )  # fmt: skip
 
@@ -186,8 +187,9 @@ def _learn_into(folder: Path, recipe: Recipe, replay: Recipe, goes_on: bool, dev
         if goes_on:
             changed = [key for key, value in record.items() if _record(folder).get(key) != value]
             if changed:
+                words = {"recipe": "another recipe", "data": "other data"}
                 raise OutputError(
-                    f"{folder}: was begun with another {' and other '.join(changed)}. Pass --overwrite to start anew."
+                    f"{folder}: was begun with {' and '.join(words[key] for key in changed)}. Pass --overwrite to start anew."
                 )
         _write_learning(folder, record)
         if not goes_on:

@@ -14,7 +14,7 @@ from ..task_vectors.errors import InputError, VerifyError
 from ..task_vectors.headers import read_header
 from ..task_vectors.places import MANIFEST
 from ..task_vectors.references import Reference, locate
-from ..task_vectors.sources import fingerprint, read_json, sha256_of
+from ..task_vectors.sources import INDEX_SUFFIX, fingerprint, read_json, sha256_of
 from .methods.registry import get
 from .plan import Plan
 
@@ -89,6 +89,9 @@ def verify(folder: str | os.PathLike[str], inputs: bool = True) -> Verification:
                 wrong.append(f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}")
             elif sha256_of(file) != expected["sha256"]:
                 wrong.append(f"{name} has other content")
+            elif name.endswith(INDEX_SUFFIX):
+                named = set(read_json(file)["weight_map"].values()) - set(manifest["outputs"])
+                wrong += [f"{lost}, which {name} names, is not in the manifest" for lost in sorted(named)]
             found.files += 1
             found.bytes += expected["bytes"]
         wrong += [

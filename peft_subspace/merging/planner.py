@@ -10,7 +10,7 @@ from typing import Any
 from ..task_vectors.errors import InputError, RecipeError, sentence
 from ..task_vectors.headers import FLOAT_DTYPES, TensorHeader
 from ..task_vectors.models import APART_KEY, Given, Source, extra_saved, given_by, open_source, without_base
-from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, is_float, shortened
+from ..task_vectors.sources import FORMAT_KEY, TASK_VECTOR, counted, is_float, shortened
 from ..task_vectors.ties import with_ties
 from ..task_vectors.validate import made_for_another, other_architecture, tied_head
 from .layout import make_layout
@@ -163,7 +163,8 @@ class _Planner:
             self.left_out.update(missing)
         if missing or extra:
             taken = "left out of the result" if policy == "skip" else "taken from the base"
-            self.notes.append(f"{name}: {len(missing)} tensors are missing ({taken}), {len(extra)} are left out.")
+            lacks, more = counted(len(missing), "tensor is", "tensors are"), counted(len(extra), "is", "are")
+            self.notes.append(f"{name}: {lacks} missing ({taken}), {more} left out.")
         if missing and policy == "base" and self.method.acts_on == "model" and self.base is None:
             raise RecipeError(f"{name} lacks {shortened(missing)}, and there is no base_model to take them from.")
         return given

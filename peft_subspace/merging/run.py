@@ -85,6 +85,7 @@ def merge(
 
         merge_adapters(plan, place, overwrite=overwrite, hash_inputs=hash_inputs, progress=progress)
         return out
+    _check_space(place, plan)
     output = OutputFolder(place, "merge", overwrite=overwrite)
     try:
         check_place(out, overwrite=overwrite)  # once more: another process may just have ended
@@ -215,7 +216,6 @@ def _merge_into(
     folder, journal, files = output.folder, Journal(output.journal), _beside_weights(plan)
     identity = plan.identity()
     done = journal.read(identity) if resume else {}
-    _check_space(folder, plan)
     with Ahead([tensor for tensor in plan.tensors if tensor.name not in done]) as ahead:
         from .base_check import check_bases
         from .execute import Settings, execute, verify_done  # imports torch: everything above needs none
@@ -241,8 +241,17 @@ def _merge_into(
     sync_folder(folder)
 
 
-def _check_space(folder: Path, plan: Plan) -> None:
-    there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    free = shutil.disk_usage(folder).free + there
+def _check_space(place: Path, plan: Plan) -> None:
+    """See that there is room, before anything is made.
+
+    Raises:
+        OutputError: there is not.
+    """
+    unfinished, parent = partial_path(place), place.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    files = list(unfinished.iterdir()) if unfinished.is_dir() else []
+    there = sum(512 * os.lstat(file).st_blocks for file in files)  # a file has its final size from the start, but no room
+    free = shutil.disk_usage(parent).free + there
     if plan.layout.total + SPARE > free and plan.layout.total > free:
-        raise OutputError(f"{folder}: the result has {plan.layout.total:,} bytes, and {free:,} are free on this disk.")
+        raise OutputError(f"{place}: the result has {plan.layout.total:,} bytes, and {free:,} are free on this disk.")

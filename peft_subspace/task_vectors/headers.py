@@ -3,6 +3,9 @@
 A file is 8 bytes (little endian: the length of the header), the header (JSON: name -> dtype, shape, [start, end) in what
 follows), and the values. The library's own reader maps the file into memory and hands out whole tensors; the engine
 reads any range of any tensor, and has to know where it is before torch is imported.
+
+Values are read long after the header, and a file may be replaced or written in between. So a header keeps a stamp of its file,
+and whoever reads values opens the file by `opened`, which compares it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +33,18 @@ ITEM_SIZES = {
 FLOAT_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}  # name in torch -> in a file
 FLOATS = frozenset(FLOAT_DTYPES.values())
 
+Stamp = tuple[int, int, int]  # inode, size, time of the last change in nanoseconds
+
+
+class _Stamped:
+    """A pickle may be read on another machine, where a stamp means nothing, so it stays behind."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stamp": None}
+
 
 @dataclass(frozen=True)
-class TensorHeader:
+class TensorHeader(_Stamped):
     """Where a tensor lies.
 
     Attributes:
@@ -39,6 +53,7 @@ class TensorHeader:
         shape: its shape, `()` for a scalar.
         path: the file.
         offset: of the first byte, counted from the start of the file.
+        stamp: of the file when the header was read; None is not compared.
     """
 
     name: str
@@ -46,6 +61,7 @@ class TensorHeader:
     shape: tuple[int, ...]
     path: Path
     offset: int
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -59,13 +75,14 @@ class TensorHeader:
 
 
 @dataclass(frozen=True)
-class FileHeader:
-    """What a safetensors file says about itself: `tensors` in the order of their bytes, `metadata`, and its size."""
+class FileHeader(_Stamped):
+    """What a safetensors file says about itself: `tensors` in the order of their bytes, `metadata`, its size and its stamp."""
 
     path: Path
     tensors: dict[str, TensorHeader]
     metadata: dict[str, str]
     size: int
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
 
 def read_header(path: str | os.PathLike[str]) -> FileHeader:
@@ -78,8 +95,9 @@ def read_header(path: str | os.PathLike[str]) -> FileHeader:
     path = Path(path)
     refuse_pointer(path)
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
+            stamp = stamp_of(file.fileno())
+            _, size, _ = stamp
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
                 raise _damaged(path, f"its header should have {length:,} bytes, and the file has {size:,}")
@@ -95,7 +113,7 @@ def read_header(path: str | os.PathLike[str]) -> FileHeader:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its __metadata__ is not a table of texts")
-    found = sorted((_tensor(path, name, entry, 8 + length) for name, entry in entries.items()), key=_position)
+    found = sorted((_tensor(path, name, entry, 8 + length, stamp) for name, entry in entries.items()), key=_position)
     end = 8 + length
     for tensor in found:  # every byte belongs to exactly one tensor, as the library demands too
         if tensor.offset != end:
@@ -105,7 +123,45 @@ def read_header(path: str | os.PathLike[str]) -> FileHeader:
         end += tensor.nbytes
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end:,}, and the file has {size:,}")
-    return FileHeader(path, {tensor.name: tensor for tensor in found}, metadata, size)
+    return FileHeader(path, {tensor.name: tensor for tensor in found}, metadata, size, stamp)
+
+
+def stamp_of(file: int) -> Stamp:
+    """What an open file is known by: one that is put in its place by a rename, or written into, has another stamp."""
+    found = os.fstat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def opened(header: TensorHeader | FileHeader) -> Iterator[int]:
+    """Open the file that a header was read from, for its values.
+
+    The path is opened anew each time, so that a model of hundreds of files keeps none of them open. The stamp is compared
+    before the block and after it, so no value of another file, or of one that is being written, goes unnoticed.
+
+    Raises:
+        InputError: the file was replaced or changed after its header was read.
+        OSError: it cannot be opened.
+    """
+    file = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check_unchanged(header, file)
+        yield file
+        _check_unchanged(header, file)
+    finally:
+        os.close(file)
+
+
+def _check_unchanged(header: TensorHeader | FileHeader, file: int) -> None:
+    found = stamp_of(file)
+    if header.stamp is None or found == header.stamp:
+        return
+    what = "became shorter" if found[1] < header.stamp[1] else "was replaced or changed"
+    at = f", at tensor {header.name!r}" if isinstance(header, TensorHeader) else ""
+    raise InputError(
+        f"{header.path}: {what} while it was read{at}. Start again when the file is whole; what was opened before has to be "
+        f"opened anew."
+    )
 
 
 _POINTER = b"version https://git-lfs"
@@ -131,7 +187,7 @@ def _position(tensor: TensorHeader) -> tuple[int, int]:
     return tensor.offset, tensor.nbytes  # tensors without values come before the one that starts at the same byte
 
 
-def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorHeader:
+def _tensor(path: Path, name: str, entry: Any, start: int, stamp: Stamp) -> TensorHeader:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -144,7 +200,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorHeader:
         raise _damaged(path, f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
     if math.prod(shape) * ITEM_SIZES[dtype] != offsets[1] - offsets[0]:
         raise _damaged(path, f"tensor {name!r} of shape {shape} and dtype {dtype} does not fit its data_offsets {offsets}")
-    return TensorHeader(name, dtype, tuple(shape), path, start + offsets[0])
+    return TensorHeader(name, dtype, tuple(shape), path, start + offsets[0], stamp)
 
 
 def _counts(value: Any) -> bool:

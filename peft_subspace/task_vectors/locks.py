@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import NAMED, unfinished_name
 from .disk import disk_error
 from .errors import OutputError
 
@@ -105,6 +106,42 @@ def _is_foreign(file: int) -> bool:
 
 
 _STARTS = (b'{"made_by"', b'{"placing"')  # of the first line; it may have been cut off
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock for the block: a file that goes at its end. One that a killed process left is taken over.
+
+    Args:
+        path: of the lock.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be made.
+    """
+    file = _locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Let one process at a time write a file by `whole_file`. What killed ones left of it goes now.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OutputError: another process writes it.
+    """
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with held(path.with_name(f".{path.name}.lock")):
+        for old in path.absolute().parent.iterdir():
+            if (begun := unfinished_name(old.name)) and begun == path.name[:NAMED]:
+                old.unlink(missing_ok=True)
+        yield
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

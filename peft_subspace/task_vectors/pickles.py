@@ -6,13 +6,15 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from .errors import InputError
-from .headers import refuse_pointer
+from .headers import Stamp, refuse_pointer, stamp_of
 from .locks import scratch_folder
 
-_scratch: Path | None = None  # where rewritten models are; None while pickles are refused
+# Where rewritten models are; None while pickles are refused. Each thread has its own: what one allows is refused in the others.
+_scratch: ContextVar[Path | None] = ContextVar("pickles", default=None)
 
 
 @contextmanager
@@ -23,21 +25,20 @@ def pickles_allowed(allowed: bool, beside: Path | None = None) -> Iterator[None]
         allowed: False changes nothing.
         beside: the folder to make it in; the system's for temporary files by default.
     """
-    global _scratch
     if not allowed:
         yield
         return
     with scratch_folder(beside if beside and beside.is_dir() else Path(tempfile.gettempdir()), ".pickles-") as folder:
-        _scratch = folder
+        token = _scratch.set(folder)
         try:
             yield
         finally:
-            _scratch = None
+            _scratch.reset(token)
 
 
 def are_allowed() -> bool:
     """Whether this is within `pickles_allowed`."""
-    return _scratch is not None
+    return _scratch.get() is not None
 
 
 def rewritten(folder: Path, name: str = "pytorch_model.bin") -> Path | None:
@@ -50,10 +51,10 @@ def rewritten(folder: Path, name: str = "pytorch_model.bin") -> Path | None:
     Raises:
         InputError: a file holds something else than tensors, or cannot be read.
     """
-    files = _pickles(folder, name)
-    if _scratch is None or not files:
+    files, scratch = _pickles(folder, name), _scratch.get()
+    if scratch is None or not files:
         return None
-    target = _scratch / f"{len(list(_scratch.glob('*.safetensors')))}.safetensors"
+    target = scratch / f"{len(list(scratch.glob('*.safetensors')))}.safetensors"
     _rewrite(files, target)
     return target
 
@@ -71,7 +72,7 @@ def _rewrite(files: list[Path], target: Path) -> None:
 
     from .writing import CODES, entries_of, write_file
 
-    tensors = {}
+    tensors, stamps = {}, _stamps(files)
     for file in files:
         refuse_pointer(file)
         try:
@@ -85,3 +86,22 @@ def _rewrite(files: list[Path], target: Path) -> None:
         if tensor.dtype not in CODES:
             raise InputError(f"{files[0].parent}: {name!r} has the dtype {tensor.dtype}, which is not supported.")
     write_file(target, entries_of(tensors), {"format": "pt"}, tensors.values())
+    for file, stamp in _stamps(files).items():  # values are read from the disk when they are written
+        if stamp != stamps[file]:
+            raise InputError(f"{file}: was replaced or changed while it was read. Start again when the file is whole.")
+
+
+def _stamps(files: list[Path]) -> dict[Path, Stamp]:
+    """What files are known by, before and after they are read.
+
+    Raises:
+        InputError: one of them is gone.
+    """
+    found = {}
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                found[file] = stamp_of(opened.fileno())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror or error}.") from error
+    return found

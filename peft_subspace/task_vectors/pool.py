@@ -24,7 +24,7 @@ from .readers import read_adapter
 from .reading import GivenReader, Reader
 from .references import HUB_ID, Reference
 from .renaming import names_in_memory, pieces_in_memory
-from .sources import Checkpoint, shortened
+from .sources import Checkpoint, counted, shortened
 from .task_vector import TaskVector
 from .ties import with_ties
 from .validate import is_buffer, made_for_another, match_names
@@ -278,8 +278,7 @@ def _beside(source: Source, base: Source | None, model: _Model) -> tuple[str, ..
 
 def _places(parts: Sequence[Checkpoint]) -> tuple[Any, ...]:
     """The very files, by which vectors in memory are known: two that look the same in their samples are two all the same."""
-    paths = [file.path.resolve() for part in parts for file in part.files]
-    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+    return tuple((str(file.path.resolve()), file.stamp) for part in parts for file in part.files)
 
 
 def _needs_its_base(source: Source) -> bool:
@@ -306,14 +305,16 @@ def _matched(vector: TaskVector, model: _Model) -> tuple[TaskVector, dict[str, s
     names = {ours: theirs for theirs, ours in found.items() if ours in model.shapes}
     if not names or (lost and model.strict):
         raise InputError(
-            f"{len(lost)} of its {len(vector.shapes)} tensors are parameters of no layer of this model: {shortened(lost)}. "
+            f"{len(lost)} of its {len(vector.shapes)} tensors {'is a parameter' if len(lost) == 1 else 'are parameters'} of no "
+            f"layer of this model: {shortened(lost)}. "
             f"It was made on another model, or they stand on the model itself, outside of its layers, where they cannot be "
             f"composed, or transformers makes other parameters of them on loading; with strict=False such tensors are left out."
         )
     wrong = [name for name, theirs in names.items() if vector.shapes[theirs] != model.shapes[name]]
     if wrong:
         pairs = [f"{name!r} is {list(vector.shapes[names[name]])}, in the model {list(model.shapes[name])}" for name in wrong]
-        raise InputError(f"{len(wrong)} tensors have other shapes than in the model: {shortened(pairs)}.")
+        others = counted(len(wrong), "tensor has another shape", "tensors have other shapes")
+        raise InputError(f"{others} than in the model: {shortened(pairs)}.")
     return vector, names
 
 

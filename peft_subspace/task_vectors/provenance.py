@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .adapter_fields import changing
 from .errors import InputError
-from .headers import FLOAT_DTYPES, ITEM_SIZES, FileHeader, TensorHeader
+from .headers import FLOAT_DTYPES, ITEM_SIZES, FileHeader, TensorHeader, opened
 from .models import Source
 from .sources import Checkpoint
 
@@ -38,8 +39,11 @@ def tensor_fingerprint(header: FileHeader) -> dict[str, Any]:
 
     Looking into every tensor tells models apart of which only biases or norms, or a single layer, were trained. Two that differ
     in a few rows of a large tensor alone may look the same.
+
+    Raises:
+        InputError: the file is another one than when its header was read.
     """
-    with open(header.path, "rb") as file:
+    with opened(header) as number, open(number, "rb", closefd=False) as file:
         start = min((tensor.offset for tensor in header.tensors.values()), default=header.size)
         found = hashlib.sha256(file.read(start))
         for tensor in sorted(header.tensors.values(), key=lambda one: one.offset):
@@ -94,15 +98,14 @@ def value_of(header: TensorHeader) -> tuple[float, str]:
     """The value in the middle of a tensor in a file, and its dtype as torch calls it; needs no torch.
 
     Raises:
-        InputError: the tensor is no float.
+        InputError: the tensor is no float, or the file is another one than when its header was read.
     """
     dtype = next((name for name, code in FLOAT_DTYPES.items() if code == header.dtype), None)
     if dtype is None:
         raise InputError(f"{header.path}: {header.name!r} is {header.dtype}, and coefficients belong to a base of floats.")
     size = ITEM_SIZES[header.dtype]
-    with open(header.path, "rb") as file:
-        file.seek(header.offset + header.count // 2 * size)
-        raw = file.read(size)
+    with opened(header) as file:
+        raw = os.pread(file, size, header.offset + header.count // 2 * size)
     if dtype == "bfloat16":  # the upper half of a float32
         raw, dtype_format = b"\0\0" + raw, "<f"
     else:

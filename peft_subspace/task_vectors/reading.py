@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .deltas import ByRows, Delta, LowRank, StoredDelta
 from .errors import InputError
-from .headers import ITEM_SIZES, TensorHeader
+from .headers import ITEM_SIZES, TensorHeader, opened
 from .models import Given
 
 DTYPES = {
@@ -80,19 +80,16 @@ def read_into(header: TensorHeader, view: memoryview, offset: int) -> None:
     """Fill a buffer from a file.
 
     Raises:
-        InputError: the file ends before its header says so, or cannot be read.
+        InputError: the file ends before its header says so, is another one than when its header was read, or cannot be read.
     """
     try:
-        file = os.open(header.path, os.O_RDONLY)
-        try:
+        with opened(header) as file:
             done = 0
             while done < len(view):
                 count = os.preadv(file, [view[done:]], offset + done)
                 if count == 0:
                     raise InputError(f"{header.path}: became shorter while it was read, at tensor {header.name!r}.")
                 done += count
-        finally:
-            os.close(file)
     except OSError as error:
         raise InputError(f"{header.path}: tensor {header.name!r} cannot be read: {error.strerror or error}.") from error
 

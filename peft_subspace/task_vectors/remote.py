@@ -8,13 +8,15 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_scratch: Path | None = None  # where folders with headers are; None while models are downloaded whole
+# Where folders with headers are; None while models are downloaded whole. Each thread has its own.
+_scratch: ContextVar[Path | None] = ContextVar("headers", default=None)
 
 
 @contextmanager
@@ -24,16 +26,15 @@ def headers_only(wanted: bool = True) -> Iterator[None]:
     A model that is not in the cache becomes a folder of its small files and, for each file of weights, one of its size with
     nothing but the header in it. The disk gives no room to the rest of such a file. The folders go at the end of the block.
     """
-    global _scratch
     if not wanted:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="peft-subspace-headers-") as folder:
-        _scratch = Path(folder)
+        token = _scratch.set(Path(folder))
         try:
             yield
         finally:
-            _scratch = None
+            _scratch.reset(token)
 
 
 def header_folder(name: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str] | None:
@@ -49,14 +50,15 @@ def header_folder(name: str, revision: str | None, patterns: Sequence[str]) -> t
     Raises:
         HfHubHTTPError, OSError, ValueError: as of `huggingface_hub`: no such model or revision, no access, a damaged header.
     """
-    if _scratch is None:
+    scratch = _scratch.get()
+    if scratch is None:
         return None
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     api = HfApi()
     found = api.model_info(name, revision=revision)
     commit = str(found.sha)
-    folder = _scratch / f"{len(list(_scratch.iterdir()))}" / commit
+    folder = scratch / f"{len(list(scratch.iterdir()))}" / commit
     folder.mkdir(parents=True)
     for file in (sibling.rfilename for sibling in found.siblings or []):
         if "/" in file or not any(fnmatch.fnmatch(file, pattern) for pattern in patterns):
@@ -72,7 +74,8 @@ def header_folder(name: str, revision: str | None, patterns: Sequence[str]) -> t
 
 def has_values(path: Path) -> bool:
     """Whether a file is whole; False for one of which a dry run has the header alone."""
-    return _scratch is None or _scratch not in path.parents or path.is_symlink()
+    scratch = _scratch.get()
+    return scratch is None or scratch not in path.parents or path.is_symlink()
 
 
 def _write_header(api: HfApi, name: str, file: str, commit: str, path: Path) -> None:

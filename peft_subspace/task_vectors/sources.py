@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .errors import InputError
-from .headers import FLOATS, FileHeader, TensorHeader, read_header, refuse_pointer
+from .headers import FLOATS, FileHeader, TensorHeader, opened, read_header, refuse_pointer
 from .pickles import rewritten
 
 Kind = Literal["model", "adapter", "task_vector"]
@@ -221,6 +221,11 @@ def shortened(items: list[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """A number and the words that follow it: "1 tensor has", "2 tensors have"."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def fingerprint(header: FileHeader, whole: bool = False) -> dict[str, Any]:
     """What a file is known by: its size, and the SHA-256 of its header and 256 evenly spaced blocks of 4 KiB.
 
@@ -230,10 +235,13 @@ def fingerprint(header: FileHeader, whole: bool = False) -> dict[str, Any]:
     Args:
         header: of the file.
         whole: hash every byte instead, at about 2 GB/s.
+
+    Raises:
+        InputError: the file is another one than when its header was read.
     """
-    with open(header.path, "rb") as file:
+    with opened(header) as number, open(number, "rb", closefd=False) as file:
         if whole:
-            return {"bytes": header.size, "sha256": sha256_of(header.path)}
+            return {"bytes": header.size, "sha256": sha256_of(number)}
         start = min((tensor.offset for tensor in header.tensors.values()), default=header.size)
         digest = hashlib.sha256(file.read(start))
         for sample in range(SAMPLES):
@@ -244,10 +252,10 @@ def fingerprint(header: FileHeader, whole: bool = False) -> dict[str, Any]:
     return {"bytes": header.size, "sampled_sha256": digest.hexdigest()}
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a whole file."""
+def sha256_of(path: Path | int) -> str:
+    """SHA-256 of a whole file; one that is open already, at its beginning, stays open."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, closefd=not isinstance(path, int)) as file:
         while data := file.read(2**22):
             digest.update(data)
     return digest.hexdigest()

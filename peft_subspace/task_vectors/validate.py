@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import InputError
 from .headers import TensorHeader
-from .sources import Checkpoint, shortened
+from .sources import Checkpoint, counted, shortened
 
 # What wrappers and heads put before the names of a model; a base and a model with a head differ by one of them.
 PREFIXES = (
@@ -141,7 +141,8 @@ def check_shapes(owner: str, pairs: Iterable[tuple[str, tuple[int, ...], tuple[i
             other.append(f"{name!r} is {list(shape)}, in the base {list(base)}")
     if other:
         raise InputError(
-            f"{owner}: {len(other)} tensors have other shapes than in the base: {shortened(other)}. Give a "
+            f"{owner}: {counted(len(other), 'tensor has another shape', 'tensors have other shapes')} than in the base: "
+            f"{shortened(other)}. Give a "
             f"model that was made from this base, or its own base; for heads of other classes the base's encoder alone."
         )
     if rows:

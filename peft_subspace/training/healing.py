@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -206,7 +207,7 @@ class HealingTrainer(Trainer):
 
     Args:
         healing: the objective.
-        kwargs: as for `Trainer`. The parts of the loss are logged as means since the last log, by name.
+        kwargs: as for `Trainer`. The parts of the loss are logged by name, as means since the last log over all processes.
     """
 
     def __init__(self, *args: Any, healing: Healing, **kwargs: Any) -> None:
@@ -241,9 +242,12 @@ class HealingTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts of the loss."""
+        """Add the parts of the loss, of all processes as the loss itself."""
         if "loss" in logs and self._calls:
-            logs = {**logs, **{f"loss_{name}": total / self._calls for name, total in self._sums.items()}}
+            found = gather_object([(self._sums, self._calls)]) if self.args.world_size > 1 else [(self._sums, self._calls)]
+            calls = sum(count for _, count in found)
+            parts = {f"loss_{name}": sum(sums.get(name, 0.0) for sums, _ in found) / calls for name in self._sums}
+            logs = {**logs, **parts}
             self._sums, self._calls = {}, 0
         super().log(logs, *args, **kwargs)
 

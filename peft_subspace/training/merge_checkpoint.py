@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..task_vectors.locks import remove_scratch
+from ..task_vectors.locks import held, remove_scratch
 from ..task_vectors.sources import shortened
 from ..whole_files import unfinished_name, write_whole
 
-NAME = "checkpoint"
+NAME, LOCK = "checkpoint", "checkpoint.lock"
 TENSORS, STATE, HISTORY = "state.safetensors", "state.json", "history.json"
 
 
@@ -40,6 +43,37 @@ def save_checkpoint(output_dir: str, tensors: dict[str, Tensor], state: dict[str
     folder.rename(old)
     partial.rename(folder)
     remove_scratch(old)
+
+
+@contextmanager
+def run_folder(output_dir: str | None, accelerator: Accelerator) -> Iterator[None]:
+    """Let one run at a time write into a folder. The main process holds the lock, and all hear of it if they may not go on.
+
+    Args:
+        output_dir: of the run; None writes nothing.
+        accelerator: of the processes.
+
+    Raises:
+        ValueError: another run writes there, or something else has the name of a checkpoint.
+    """
+    if output_dir is None:
+        yield
+        return
+    refused: Exception | None = None
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            try:
+                check_run_place(output_dir)
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(Path(output_dir) / LOCK))
+                check_run_place(output_dir)
+            except (ValueError, OSError) as error:
+                refused = error
+        if accelerator.num_processes > 1:
+            (refused,) = broadcast_object_list([refused])
+        if refused is not None:
+            raise refused
+        yield
 
 
 def check_run_place(output_dir: str) -> None:
@@ -80,7 +114,7 @@ def load_checkpoint(output_dir: str | None, identity: dict[str, Any]) -> tuple[d
         identity: what the state's "arguments" must be.
 
     Raises:
-        ValueError: no `output_dir`, or other arguments; names them.
+        ValueError: no `output_dir`, or other arguments; names them with their values.
     """
     if output_dir is None:
         raise ValueError("resume=True needs `output_dir`, where the checkpoint is.")
@@ -90,10 +124,19 @@ def load_checkpoint(output_dir: str | None, identity: dict[str, Any]) -> tuple[d
     if not folder.exists():
         return None
     state = json.loads((folder / STATE).read_text())
-    differ = [name for name, value in identity.items() if state["arguments"].get(name) != value]
+    before = state["arguments"]
+    differ = [_difference(name, before.get(name), value) for name, value in identity.items() if before.get(name) != value]
     if differ:
-        raise ValueError(f"The checkpoint in {folder} was written with other arguments: {', '.join(differ)}.")
+        raise ValueError(
+            f"The checkpoint in {folder} was written with other arguments: {', '.join(differ)}. Go on with those, or choose "
+            f"another output_dir."
+        )
     return load_file(folder / TENSORS), state
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What differs, with both values where they are short."""
+    return f"{name} ({before!r} there, {now!r} here)" if len(f"{before!r}{now!r}") <= 80 else name
 
 
 def moments(optimizer: Any, trained: Sequence[Tensor], name: str) -> dict[str, Tensor]:

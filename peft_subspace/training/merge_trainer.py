@@ -22,13 +22,13 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, send_to_device
+from accelerate.utils import broadcast, gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..adapters.pooled import PooledModel
 from ..task_vectors.provenance import identity
 from ..whole_files import write_whole
-from .merge_checkpoint import HISTORY, check_run_place, load_checkpoint, moments, restore_moments, save_checkpoint
+from .merge_checkpoint import HISTORY, load_checkpoint, moments, restore_moments, run_folder, save_checkpoint
 from .objectives import UNLABELLED
 from .tasks import Stream, Task
 
@@ -130,7 +130,8 @@ class MergeTrainer:
             (coefficients: AdaMerging; with labels, task addition).
         tasks: all tasks; the loss is the sum of theirs.
         arguments: how.
-        evaluate: `model -> {name: value}`, such as accuracies; called where the loss is looked at.
+        evaluate: `model -> {name: value}`, such as accuracies; called where the loss is looked at. Of several processes each
+            calls it, and the means of what they return count.
         accelerator: for devices, mixed precision and several processes; each takes its share of the batches, and gradients are
             averaged. Trained tensors are few, so the model is not wrapped for that.
         adapter_name: of the adapter; None for the active one.
@@ -225,10 +226,12 @@ class MergeTrainer:
 
         Raises:
             ValueError: `resume` without `output_dir`, or a checkpoint of other arguments or another adapter; something else
-                has the name of a checkpoint in `output_dir`.
+                has the name of a checkpoint in `output_dir`, or another run writes there.
         """
-        if self.arguments.output_dir:
-            check_run_place(self.arguments.output_dir)
+        with run_folder(self.arguments.output_dir, self.accelerator):
+            return self._train(resume)
+
+    def _train(self, resume: bool) -> list[Look]:
         state = self._load() if resume else None
         if self.accelerator.num_processes > 1 and state is None:
             for tensor in (*self.masks, *self.coefficients):  # random logits may have come from other seeds
@@ -342,10 +345,14 @@ class MergeTrainer:
         inner = [tensor.detach().clone() for tensor in self.coefficients] if self._phase == "mask" else []
         if inner:
             self._reset()  # lambda' belongs to a step; what counts is the mask with lambda_0
-        look = Look(self._phase, self._step, {t.name: self._mean_loss(t) for t in self.tasks}, {}, self._measure)
+        metrics = {}
+        losses = {task.name: self._mean_loss(task) for task in self.tasks}
         if self.evaluate is not None:
-            look.metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
             self.model.eval()
+        losses, metrics = self._averaged(losses, metrics)
+        look = Look(self._phase, self._step, losses, metrics, self._measure)
+        self._check_finite(look)
         self.history.append(look)
         self._say(str(look))
         if self._best is None or self._score(look) < self._best[0]:
@@ -358,12 +365,28 @@ class MergeTrainer:
     def _mean_loss(self, task: Task) -> float:
         with self.accelerator.autocast():
             found = [float(self._loss(task, batch)) for batch in self._held_out[task.name]]
-        if not all(map(math.isfinite, found)):
-            raise ValueError(
-                f"The {self._measure} of task {task.name!r} is not finite at {self._phase} step {self._step}. Lower the rates, "
-                f"or look for NaN in its batches."
-            )
         return sum(found) / len(found)
+
+    def _averaged(self, *tables: dict[str, float]) -> tuple[dict[str, float], ...]:
+        """Means over the processes, whose data may differ: what is kept and when it is enough must be the same in all."""
+        if self.accelerator.num_processes == 1:
+            return tables
+        everywhere = gather_object([tables])
+        if any([table.keys() for table in one] != [table.keys() for table in tables] for one in everywhere):
+            names = [sorted(name for table in one for name in table) for one in everywhere]
+            raise ValueError(f"evaluate returned other names in some processes: {names}. Return the same in all of them.")
+        return tuple(
+            {name: sum(one[k][name] for one in everywhere) / len(everywhere) for name in table}
+            for k, table in enumerate(everywhere[0])
+        )
+
+    def _check_finite(self, look: Look) -> None:
+        for name, value in look.loss.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"The {self._measure} of task {name!r} is not finite at {self._phase} step {self._step}. Lower the rates, "
+                    f"or look for NaN in its batches."
+                )
 
     def _is_over(self) -> bool:
         return self.arguments.patience is not None and self._looks_since_best >= self.arguments.patience

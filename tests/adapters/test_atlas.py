@@ -732,10 +732,10 @@ def test_vectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         tensors = {**values, **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
         return {"v": write_vector(tmp_path / "v.safetensors", tensors)}
 
-    with pytest.raises(InputError, match=r"'v': 1 of its 7 tensors are parameters of no layer of this model: other\.weight"):
+    with pytest.raises(InputError, match=r"'v': 1 of its 7 tensors is a parameter of no layer of this model: other\.weight"):
         adapt("mlp", pool=pool(other__weight=torch.ones(2)))
     adapt("mlp", pool=pool(other__weight=torch.ones(2)), strict=False)
-    with pytest.raises(InputError, match=r"'v': 1 tensors have other shapes.*'head\.bias' is \[5\], in the model \[4\]"):
+    with pytest.raises(InputError, match=r"'v': 1 tensor has another shape.*'head\.bias' is \[5\], in the model \[4\]"):
         adapt("mlp", pool=pool(head__bias=torch.ones(5)))
     with pytest.raises(ValueError, match=r"'v' has values in 'head\.bias' that are not finite"):
         adapt("mlp", pool=pool(head__bias=torch.full((4,), torch.nan)))

@@ -19,6 +19,7 @@ from peft_subspace.merging.methods.registry import get, names
 from peft_subspace.merging.plan import held_bytes
 from peft_subspace.merging.recipe import make_recipe
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError, VerifyError
+from peft_subspace.task_vectors.extract import extract_lora
 from tests.merging.tiny import contents, near, random_tensors, read, recipe, trio, write
 
 STATISTICS = [name for name in names() if get(name).statistics]
@@ -412,6 +413,34 @@ def test_a_result_does_not_take_the_place_of_a_model(out: str, tmp_path: Path) -
     with pytest.raises(OutputError, match="is, holds or lies in the model"):
         merge(recipe(tmp_path), tmp_path / out, overwrite=True)
     assert (contents(tmp_path / "a"), contents(tmp_path / "base")) == before
+
+
+LORA = {"subspace": {"output": "adapter"}}
+SHARDS = {"subspace": {"shard_size": 6000}}
+
+
+VECTOR = {"subspace": {"output": "task_vector"}}
+
+
+@pytest.mark.parametrize("table", [{}, SHARDS, VECTOR, LORA], ids=["model", "shards", "vector", "lora"])
+def test_verify_fails_without_the_weights(table: dict[str, Any], tmp_path: Path) -> None:
+    """Also if the manifest does not name them, or not all that the index names."""
+    trio(tmp_path)
+    extract_lora(str(tmp_path / "a"), str(tmp_path / "base"), tmp_path / "lora", rank=2)
+    models = {"models": [{"model": str(tmp_path / "lora")}]} if table is LORA else {}
+    out = merge({**recipe(tmp_path), **table, **models}, tmp_path / "out")
+    verify(out)
+    weights = sorted(out.glob("*.safetensors"))
+    assert len(weights) > 1 or table is not SHARDS
+    manifest = json.loads((out / "merge_manifest.json").read_text())
+    for file in weights:
+        file.unlink()
+    with pytest.raises(VerifyError, match=rf"{weights[-1].name} is missing"):
+        verify(out)
+    del manifest["outputs"][weights[-1].name]
+    (out / "merge_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerifyError, match=r"names no file of weights|which model.safetensors.index.json names, is not in the"):
+        verify(out)
 
 
 def test_verify_sees_every_change(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_subspace import AtlasConfig, ConcreteConfig
+from peft_subspace import AtlasConfig, ConcreteConfig, FloraConfig, hub
 from peft_subspace.cli.app import run as command
 from peft_subspace.merging import execute, files, merge, verify
 from peft_subspace.merging.journal import Journal
@@ -30,6 +30,7 @@ from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeErr
 from peft_subspace.task_vectors.output_folder import OutputFolder
 from tests.merging import crashes
 from tests.merging.tiny import as_module, contents, recipe, trio, write
+from tests.pico import MODELS
 
 
 def test_killed_at_any_point_and_resumed_it_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -115,9 +116,49 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_too_small_is_seen_before_the_work(small_disk: Path, tmp_path: Path) -> None:
     trio(tmp_path, width=96)
-    with pytest.raises(OutputError, match=r"the result has [\d,]+ bytes, and [\d,]+ are free"):
-        merge(recipe(tmp_path), small_disk / "out")
-    assert not (small_disk / "out").exists()
+    for out in (small_disk / "out", small_disk / "deep" / "deeper" / "out"):
+        for more in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(OutputError, match=r"the result has [\d,]+ bytes, and [\d,]+ are free"):
+                merge(recipe(tmp_path), out, **more)
+            assert not os.listdir(small_disk)
+
+
+def test_what_an_interrupted_merge_left_on_a_disk_that_is_too_small_now(small_disk: Path, tmp_path: Path) -> None:
+    """Its files have their final sizes, but no room yet; what it has done stays for another time."""
+    trio(tmp_path, width=32)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe(tmp_path), small_disk / "out", threads=1)
+    left = sorted(os.listdir(small_disk))
+    fill(small_disk / "ballast")
+    with pytest.raises(OutputError, match="are free on this disk"):
+        merge(recipe(tmp_path), small_disk / "out", resume=True)
+    (small_disk / "ballast").unlink()
+    assert sorted(os.listdir(small_disk)) == left
+    merge(recipe(tmp_path), small_disk / "out", resume=True)
+    assert os.listdir(small_disk) == ["out"]
+
+
+def test_an_adapter_that_is_saved_on_a_full_disk_leaves_no_card(small_disk: Path) -> None:
+    """PEFT's own card stays as it was, and of ours there is nothing, not even an empty file under another name."""
+    model: Any = get_peft_model(MODELS["mlp"].model(), FloraConfig(r=2, **MODELS["mlp"].targets))
+    model.save_pretrained(small_disk / "whole")
+    found, real = sorted(os.listdir(small_disk / "whole")), hub.write_whole
+    cards = []
+
+    def full(path: Any, content: bytes) -> None:
+        fill(small_disk / "ballast")
+        cards.append(Path(path).read_bytes() if os.path.exists(path) else None)
+        real(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "write_whole", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            model.save_pretrained(small_disk / "out")
+    card = small_disk / "out" / "README.md"
+    assert cards == [card.read_bytes() if card.exists() else None]
+    assert {*os.listdir(small_disk / "out"), "README.md"} == {*found}
 
 
 def fill(path: Path) -> None:
