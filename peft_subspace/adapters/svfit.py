@@ -389,11 +389,12 @@ class SvfitDelta(Delta):
     @torch.no_grad()
     def _counterpart(self, weight: Tensor, version: int) -> Tensor:
         """U^T W `[k, in]`, or (W V)^T `[k, out]`; made again when the weight was written to (which `.data` hides)."""
-        made_of = (weight.data_ptr(), version)
-        if self.counterpart is None or self._counterpart_of != made_of:
-            self.counterpart = self.basis @ (weight if self.left else weight.t())
+        made_of, counterpart = (weight.data_ptr(), version), self.counterpart
+        if counterpart is None or self._counterpart_of != made_of:
+            self._counterpart_of = None  # another thread may come between what is set here
+            self.counterpart = counterpart = self.basis @ (weight if self.left else weight.t())
             self._counterpart_of = made_of
-        return self.counterpart
+        return counterpart
 
     def delta_weight(self, weight: Weight) -> Tensor:
         whole = weight()
