@@ -118,6 +118,11 @@ class OwnWeightLayer(SubspaceLayer):
         self.forget_weights()
         return super().train(mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what was composed with it."""
+        super().delete_adapter(adapter_name)
+        self.forget_weights()
+
     def forget_weights(self) -> None:
         """Compose anew at the next call; for what changes an update without changing a tensor that it depends on."""
         self._effective.clear(own_tensor(*self._locate(container)) for container in self.geometries)

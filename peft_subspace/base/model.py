@@ -23,12 +23,13 @@ from ..task_vectors.blueprint import reads_tie
 from .active import chosen_adapter
 from .batch_norm import BatchNormLayer, wrap_batch_norms
 from .config import lowered_text
+from .ddp_names import keep_from_ddp
 from .delta import Delta
 from .geometry import Geometry, quantization_backend, read_weight
 from .holders import Holder, find_holder, has_children
 from .kinds import ParamWrapper, make_layer
 from .layer import SubspaceLayer
-from .loading import PEFT_PREFIX, check_saved_modules, check_state_dict, complete_adapter, remove_adapter
+from .loading import check_saved_modules, check_state_dict, complete_adapter, remove_adapter
 from .mixed_batch import adapter_names_passed_on
 from .targets import check_patterns, find_targets, resolve_targets
 from .weighted import add_weighted_adapter
@@ -74,7 +75,7 @@ class SubspaceModel(BaseTuner):
                     f"{config.title}: a number as rank is an upper bound, lowered to fit {lowered_text(config.lowered_ranks)}. "
                     f"All of them are in the config's `lowered_ranks`; `rank_pattern` sets the rank of one layer."
                 )
-            self._keep_from_ddp(model)
+            keep_from_ddp(model)
         except Exception:
             remove_adapter(self, adapter_name)
             raise
@@ -97,23 +98,6 @@ class SubspaceModel(BaseTuner):
             for container, delta in layer.deltas(adapter_name).items()
             if (rank := delta.lowered()) is not None
         }
-
-    @staticmethod
-    def _keep_from_ddp(model: nn.Module) -> None:
-        """DDP sends every buffer of rank 0 to all others in each forward, frozen bases too, if their names are not here.
-
-        It looks the list up on the module that it wraps, where a PeftModel passes the question on to `model`.
-        """
-        frozen = {
-            f"{name}.{buffer}"
-            for name, module in model.named_modules()
-            if isinstance(module, Delta)
-            for buffer, _ in module.named_buffers(recurse=False)
-        }
-        if frozen:
-            known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-            names = {prefix + name for prefix in ("", "model.", PEFT_PREFIX) for name in frozen}
-            model._ddp_params_and_buffers_to_ignore = sorted(known | names)  # type: ignore[assignment]
 
     def _check_adapter_name(self, adapter_name: str) -> None:
         if adapter_name in self.prefix:
@@ -244,6 +228,7 @@ class SubspaceModel(BaseTuner):
         super().delete_adapter(adapter_name)
         for layer in self._batch_norms():
             layer.delete_adapter(adapter_name)
+        keep_from_ddp(self.model)
 
     def _batch_norms(self) -> list[BatchNormLayer]:
         return [module for module in self.model.modules() if isinstance(module, BatchNormLayer)]
@@ -300,7 +285,8 @@ class SubspaceModel(BaseTuner):
         """
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", None)
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        keep_from_ddp(model)
         if tied and not config.tie_word_embeddings and reads_tie(model):
             config.tie_word_embeddings = tied
         return model
