@@ -31,6 +31,7 @@ from .kinds import ParamWrapper, make_layer
 from .layer import SubspaceLayer
 from .loading import check_saved_modules, check_state_dict, complete_adapter, remove_adapter
 from .mixed_batch import adapter_names_passed_on
+from .sharding import is_empty_share, refuse_sharded_targets
 from .targets import check_patterns, find_targets, resolve_targets
 from .weighted import add_weighted_adapter
 
@@ -118,6 +119,7 @@ class SubspaceModel(BaseTuner):
         resolve_targets(peft_config, model)
         every = self.delta_cls.composes_weight
         targets = find_targets(model, peft_config, self._check_target_module_exists, every_parameter=every)
+        refuse_sharded_targets(model, targets, peft_config.title)
         self._prepare_targets(peft_config, model, targets)
         check_patterns(peft_config, targets)
         for name, geometries in targets.items():
@@ -314,6 +316,25 @@ class SubspaceModel(BaseTuner):
             raise
         config.awaits_weights = None
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The adapter's tensors for its file.
+
+        Raises:
+            ValueError: this process has a share only, which ZeRO-3 leaves empty: the file would have no values.
+        """
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, *args, **kwargs)
+        own: dict[str, Any] = dict(model.named_parameters())
+        shares = [key for key, tensor in found.items() if is_empty_share(tensor, own.get(key))]
+        if shares:
+            raise ValueError(
+                f"{shares[0]} and {len(shares) - 1} more tensors of the adapter cannot be saved: this process has a "
+                f"share of it only (ZeRO-3). Gather them in all processes and pass them on: `model.save_pretrained(folder, "
+                f"is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(engine))`. The Trainer "
+                f"does so with `stage3_gather_16bit_weights_on_model_save`."
+            )
+        return found
 
     @classmethod
     def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
