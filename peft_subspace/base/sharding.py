@@ -60,8 +60,8 @@ def refuse_sharded_targets(model: nn.Module, targets: Mapping[str, Iterable[str]
                 how = f"tensor parallelism (tp_plan, {parallel} processes)"
                 way_out = (
                     "Load the base without tp_plan, and train with DDP, FSDP or ZeRO. To serve with tensor parallelism, merge "
-                    "the adapter into the base first (`merge_and_unload`, `save_pretrained`), or export it to LoRA where it has "
-                    "that form (`to_lora`)."
+                    "the adapter into the base first (`merge_and_unload`, `save_pretrained`), or export it to LoRA where it "
+                    "has that form (`to_lora`)."
                 )
             else:
                 how, way_out = (
