@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ddp import refuse_reentrant
 from .delta import Delta
 from .geometry import Geometry, describe
 from .kinds import OwnWeightLayer
@@ -86,6 +87,8 @@ class Holder(OwnWeightLayer):
         if self._disable_adapters or self.merged_adapters:
             return {}
         (container,) = self.geometries
+        if self.training:
+            refuse_reentrant((d for name in self.active_adapters for d in self.deltas(name).values()), self.key)
         names = [name for name in self._here(self.active_adapters) if self._is_composed(container, name)]
         return {self.parameter_name: self._effective_weight(container, names)} if names else {}
 

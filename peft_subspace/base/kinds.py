@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..functional.low_rank import without_autocast
 from .config import SubspaceConfig
+from .ddp import refuse_reentrant
 from .delta import Delta
 from .effective import EffectiveWeights
 from .geometry import FLOAT_DTYPES, Geometry, describe, describe_all
@@ -181,6 +182,8 @@ class ComposedLayer(OwnWeightLayer):
         return describe_all(self.get_base_layer())
 
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            refuse_reentrant((delta for name in names for delta in self.deltas(name).values()), self.key)
         added = [delta for name in names for delta in self.deltas(name).values() if delta.adds]
         out = super()._adapted_forward(names, *args, **kwargs)
         if not added:

@@ -23,7 +23,7 @@ from ..task_vectors.blueprint import reads_tie
 from .active import chosen_adapter
 from .batch_norm import BatchNormLayer, wrap_batch_norms
 from .config import lowered_text
-from .ddp import running_ddp, send_frozen
+from .ddp import note_graph, running_ddp, send_frozen
 from .ddp_names import keep_from_ddp
 from .delta import Delta
 from .geometry import Geometry, quantization_backend, read_weight
@@ -280,6 +280,7 @@ class SubspaceModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if self.training and (ddp := running_ddp()) is not None:
+            note_graph()
             now = (id(ddp), *self.peft_config)
             if self.__dict__.get("sent_to") != now:
                 send_frozen(self.model, ddp)

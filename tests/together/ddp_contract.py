@@ -19,6 +19,10 @@ from tests.pico import MODELS, run
 from tests.processes import leave
 
 NAMES = ["bert", "mha"]
+SHARED: dict[str, tuple[dict[str, Any], ...]] = {  # coefficients that layers have in common
+    "ATLAS": ({"granularity": "task"},),
+    "CONCRETE": ({"learn_coefficients": "task"},),
+}
 
 
 def everywhere(tensor: Tensor) -> list[Tensor]:
@@ -45,6 +49,23 @@ def on_other_bases(method: Method, name: str) -> dict[str, float]:
     return {"before": before, "after": spread(run(model.eval(), pico.batch()))}
 
 
+def drift(method: Method, reentrant: bool, **fields: Any) -> dict[str, Any]:
+    """Six steps with activation checkpointing and without a search for unused parameters: how far apart the processes are."""
+    pico = MODELS["llama"]
+    torch.manual_seed(0)
+    model = get_peft_model(
+        pico.model(), method.make(pico, **{"init_weights": False, **pico.targets, **method.steady, **fields})
+    )
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    wrapped: Any = DistributedDataParallel(model.train(), find_unused_parameters=False)
+    try:
+        take_steps(wrapped, squares("llama"), adam(model), half_of(dist.get_rank()), count=6)
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"spread": max(spread(p) for p in model.parameters() if p.requires_grad)}
+
+
 def main(path: Path) -> None:
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
@@ -53,6 +74,11 @@ def main(path: Path) -> None:
         if not method.composes:  # whose coefficients belong to the base that is in their config
             for name in NAMES:
                 report["bases"][f"{kind}, {name}"] = on_other_bases(method, name)
+    report["checkpointing"] = {
+        f"{kind}, {fields}, {reentrant}": drift(METHODS[kind], reentrant, **fields)
+        for kind, fields in ((kind, fields) for kind in METHODS for fields in ({}, *SHARED.get(kind, ())))
+        for reentrant in (False, True)
+    }
     if dist.get_rank() == 0:
         path.write_text(json.dumps(report))
     leave()
