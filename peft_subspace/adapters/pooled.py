@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..base import Geometry, SubspaceConfig, SubspaceModel
 from ..base.files import find_file
+from ..base.sharding import refuse_sharded_targets
+from ..base.targets import base_parameters
 from ..functional.choices import BLOCK_TYPES, POOLED
 from ..task_vectors import bundles
 from ..task_vectors.pool import reference_text
@@ -196,6 +198,8 @@ class PooledModel(SubspaceModel):
     """A tuner that opens the pool of its config, and takes what the pool changes for the targets."""
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        everything = {name: [own] for name, _, own, _ in base_parameters(model)}  # the pool is compared with all of it
+        refuse_sharded_targets(model, everything, peft_config.title)
         peft_config.opened = open_blocks(peft_config, model)
         if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config.target_modules, peft_config.target_parameters = default_targets(peft_config.opened, model, peft_config)

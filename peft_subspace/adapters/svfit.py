@@ -174,7 +174,7 @@ class SvfitDelta(Delta):
         self._is_whole = False  # the basis is there and is known to fit
         self._is_shared = False
         self._has_moved = False
-        self._counterpart_of: tuple[int, int] | None = None  # address and version of the weight that it was made from
+        self._counterpart_of: tuple[int, ...] | None = None  # address and versions of what it was made from
 
     if TYPE_CHECKING:  # a type checker cannot follow buffers
         basis: Tensor
@@ -389,11 +389,12 @@ class SvfitDelta(Delta):
     @torch.no_grad()
     def _counterpart(self, weight: Tensor, version: int) -> Tensor:
         """U^T W `[k, in]`, or (W V)^T `[k, out]`; made again when the weight was written to (which `.data` hides)."""
-        made_of = (weight.data_ptr(), version)
-        if self.counterpart is None or self._counterpart_of != made_of:
-            self.counterpart = self.basis @ (weight if self.left else weight.t())
+        made_of, counterpart = (weight.data_ptr(), version, self.basis._version), self.counterpart
+        if counterpart is None or self._counterpart_of != made_of:
+            self._counterpart_of = None  # another thread may come between what is set here
+            self.counterpart = counterpart = self.basis @ (weight if self.left else weight.t())
             self._counterpart_of = made_of
-        return self.counterpart
+        return counterpart
 
     def delta_weight(self, weight: Weight) -> Tensor:
         whole = weight()

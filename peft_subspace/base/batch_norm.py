@@ -11,6 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .stand_in import Turn, exchanged, shadowed
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -40,6 +42,7 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = ()
         self.merged_adapters = []
         self._base_statistics: dict[str, Tensor] = {}  # while adapters are merged
+        self._turn = Turn()
 
         self._add_container(self.container)
 
@@ -94,12 +97,11 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         shadows = {name: getattr(self.base_layer if chosen is None else chosen, name) for name in STATISTICS}
         if chosen is None:  # train mode without an adapter: normalise by the batch, keep the base's statistics
             shadows = {name: value.clone() for name, value in shadows.items()}
-        try:
-            self.base_layer.__dict__.update(shadows)
-            return self.base_layer(x, *args, **kwargs)
-        finally:
-            for name in STATISTICS:
-                self.base_layer.__dict__.pop(name, None)
+        if torch.compiler.is_compiling():
+            with shadowed(self.base_layer, shadows):
+                return self.base_layer(x, *args, **kwargs)
+        with exchanged(self.base_layer, lambda: shadows, self._turn) as layer:
+            return layer(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Give the base the adapter's statistics. They cannot be summed: the last of several adapters wins, with a warning."""

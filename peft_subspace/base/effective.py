@@ -12,6 +12,7 @@ from torch import Tensor
 from ..functional import composition
 from ..functional.low_rank import without_autocast
 from .sharding import is_share, refuse_shares
+from .stand_in import own_tensor
 
 if TYPE_CHECKING:
     from .layer import SubspaceLayer
@@ -62,7 +63,7 @@ class EffectiveWeights:
             return composition.composed(weight, lambda grad: _pulled(grad, pulls), trained)
         if not self._keeps:
             return compose(layer, container, names)
-        tensors = [getattr(owner, name), *(tensor for delta in deltas for tensor in delta.trained)]
+        tensors = [own_tensor(owner, name), *(tensor for delta in deltas for tensor in delta.trained)]
         multipliers = tuple(delta.multiplier for delta in deltas)
         state = ((tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.device) for tensor in tensors)
         made_of = (tuple(names), multipliers, *state)
@@ -107,8 +108,7 @@ def _same_values(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
 
 def compose(layer: SubspaceLayer, container: str, names: Sequence[str]) -> Tensor:
     """W_0 + sum of m dW of these adapters: summed in float32 (or the base's wider dtype), rounded once, without a graph."""
-    owner, name = layer._locate(container)
-    weight = getattr(owner, name)
+    weight = own_tensor(*layer._locate(container))
     deltas = [getattr(layer, container)[adapter] for adapter in names]
     where = f"{layer.key}.{layer.geometries[container][0]}"
     way_out = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from ..functional.low_rank import without_autocast
 from .config import SubspaceConfig
+from .ddp import refuse_reentrant
 from .delta import Delta
 from .effective import EffectiveWeights
 from .geometry import FLOAT_DTYPES, Geometry, describe, describe_all
 from .layer import SubspaceLayer
+from .stand_in import Turn, exchanged, own_tensor, shadowed
 
 
 class CalledLayer(SubspaceLayer):
@@ -65,16 +68,15 @@ def add_updates(deltas: list[Delta], x: Tensor, y0: Tensor) -> Tensor:
 
 
 class OwnWeightLayer(SubspaceLayer):
-    """For modules that read their own weights: W + dW stands in for the attribute during the call.
+    """For modules that read their own weights: W + dW stands in for the attribute during the call, see `stand_in`.
 
-    The shadow lives in the instance's `__dict__`, which Python looks at before `nn.Module.__getattr__`, so no Parameter is
-    exchanged: optimizers, DDP and FSDP keep theirs. `functional_call` would be ignored under FSDP1.
     Cost: one dense dW and one dense gradient per call and weight.
     """
 
     def __init__(self, base_layer: nn.Module, prefix: str, delta_cls: type[Delta], **kwargs: Any) -> None:
         super().__init__(base_layer, prefix, delta_cls, **kwargs)
         self._effective = EffectiveWeights()
+        self._turn: Turn = base_layer._turn if isinstance(base_layer, OwnWeightLayer) else Turn()
         for weight, geometry in self.geometries.values():
             if geometry.quantized:
                 continue  # it can be called; whether it needs to be read is the method's matter
@@ -94,28 +96,37 @@ class OwnWeightLayer(SubspaceLayer):
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         self._refuse_two(names)
         self._refuse_other_kinds(names)
-        shadowed: list[tuple[nn.Module, str]] = []
-        try:
-            if names:
-                for container in self.geometries:
-                    active = [name for name in names if self._is_composed(container, name)]
-                    if active:
-                        owner, name = self._locate(container)
-                        owner.__dict__[name] = self._effective_weight(container, active)
-                        shadowed.append((owner, name))
-            return self.base_layer(*args, **kwargs)
-        finally:
-            for owner, name in shadowed:
-                owner.__dict__.pop(name, None)
+        if torch.compiler.is_compiling():
+            with shadowed(self.base_layer, self._effective_weights(names)):
+                return self.base_layer(*args, **kwargs)
+        with exchanged(self.base_layer, partial(self._effective_weights, names), self._turn) as layer:
+            return layer(*args, **kwargs)
+
+    def _effective_weights(self, names: list[str]) -> dict[str, Tensor]:
+        """Name below `base_layer` -> effective weight, where one is composed."""
+        found, path = {}, ""
+        inner = self.base_layer
+        while isinstance(inner, BaseTunerLayer):
+            wrapper: Any = inner
+            inner, path = wrapper.base_layer, f"{path}base_layer."
+        for container, (weight, _) in self.geometries.items():
+            if active := [name for name in names if self._is_composed(container, name)]:
+                found[path + weight] = self._effective_weight(container, active)
+        return found
 
     def train(self, mode: bool = True) -> OwnWeightLayer:
         """Set the mode; weights that were composed before are forgotten."""
         self.forget_weights()
         return super().train(mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what was composed with it."""
+        super().delete_adapter(adapter_name)
+        self.forget_weights()
+
     def forget_weights(self) -> None:
         """Compose anew at the next call; for what changes an update without changing a tensor that it depends on."""
-        self._effective.clear(getattr(*self._locate(container)) for container in self.geometries)
+        self._effective.clear(own_tensor(*self._locate(container)) for container in self.geometries)
 
     def _is_composed(self, container: str, adapter_name: str) -> bool:
         deltas = getattr(self, container)
@@ -124,8 +135,7 @@ class OwnWeightLayer(SubspaceLayer):
     def _effective_weight(self, container: str, names: list[str]) -> Tensor:
         if self.delta_cls.composes_weight and not torch.compiler.is_compiling():  # a compiled graph composes by itself
             return self._effective.get(self, container, names)
-        owner, name = self._locate(container)
-        weight = getattr(owner, name)
+        weight = own_tensor(*self._locate(container))
         geometry = self.geometries[container][1]
         with without_autocast(weight):  # composed as `merge` does
             total: Any = sum(self.dense_update(container, adapter) for adapter in names)
@@ -172,6 +182,8 @@ class ComposedLayer(OwnWeightLayer):
         return describe_all(self.get_base_layer())
 
     def _adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            refuse_reentrant((delta for name in names for delta in self.deltas(name).values()), self.key)
         added = [delta for name in names for delta in self.deltas(name).values() if delta.adds]
         out = super()._adapted_forward(names, *args, **kwargs)
         if not added:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from .delta import Delta
 from .geometry import Geometry, describe, quantization_backend, read_weight
 from .packed import refuse_gradient, refuse_reading
 from .sharding import refuse_shares
+from .stand_in import own_tensor
+
+_PREPARING = threading.RLock()  # one for all layers: an adapter of one may prepare what it shares with another's
 
 
 class DeltaDict(nn.ModuleDict):
@@ -180,7 +184,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                     f"{self.key}: run the adapter {adapter_name!r} once before it is compiled: it was only loaded."
                 )
             try:
-                self._prepare(container, adapter_name, delta.tensors() if tensors is None else tensors)
+                with _PREPARING:  # threads that use an adapter for the first time at once
+                    if delta.is_incomplete(tensors):
+                        self._prepare(container, adapter_name, delta.tensors() if tensors is None else tensors)
             except ValueError as error:
                 raise ValueError(f"{self.key}.{self.geometries[container][0]}: {error}") from error
 
@@ -214,7 +220,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def _weight_device(self, container: str) -> torch.device:
         owner, name = self._locate(container)
-        weight = getattr(owner, name, None)
+        weight = own_tensor(owner, name)
         return weight.device if isinstance(weight, Tensor) else _any_tensor(self.get_base_layer()).device
 
     # Scale, as PEFT's LoRA layers have it -----------------------------------------------------------------------------
@@ -432,9 +438,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return found
 
     def _refuse_shares(self, container: str, names: Sequence[str], done: str) -> None:
-        owner, parameter = self._locate(container)
         adapters = [getattr(self, container)[name] for name in names if name in getattr(self, container)]
-        tensors = [getattr(owner, parameter), *(tensor for delta in adapters for tensor in delta.parameters())]
+        tensors = [own_tensor(*self._locate(container)), *(tensor for delta in adapters for tensor in delta.parameters())]
         way_out = f"Save the adapter and load it onto the base in one process; it can be {done} there."
         refuse_shares([t for t in tensors if isinstance(t, Tensor)], f"{self.key}.{self.geometries[container][0]}", way_out)
 
@@ -458,8 +463,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             refuse_reading(self.get_base_layer(), self.key)
             return read_weight(self.get_base_layer(), self.quantization_backend, self.key)
-        owner, name = self._locate(container)
-        return getattr(owner, name).data
+        return own_tensor(*self._locate(container)).data
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """dW of an adapter in the module's own layout, for a layer with one adapted weight."""

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .ddp_names import keep_from_ddp
 from .holders import Holder
 from .layer import SubspaceLayer
 
@@ -140,6 +141,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     for holder in (model, tuner, getattr(tuner, "model", None)):
         configs = getattr(holder, "__dict__", {}).get("peft_config", {})
         configs.pop(adapter_name, None)
+    if tuner is not None:
+        keep_from_ddp(tuner.model)
     if tuner is not None and not tuner.peft_config:
         for attribute in ("peft_config", "_hf_peft_config_loaded"):  # transformers sets the second before it injects
             tuner.model.__dict__.pop(attribute, None)

@@ -6,6 +6,7 @@ its other keywords, and every sample would get the active adapter in silence.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 BASE = "__base__"  # PEFT's word for "no adapter"
+_HOOKS = threading.Lock()  # torch numbers hooks by a count that two threads may read at once, and one hook is then lost
 
 
 @contextmanager
@@ -47,18 +49,21 @@ def adapter_names_passed_on(tuner: nn.Module, adapter_names: list[str] | None, n
     if isinstance(num_beams, int) and num_beams > 1:
         encoder = getattr(tuner.model, "get_encoder", lambda: None)()
     in_encoder = set(map(id, encoder.modules())) if isinstance(encoder, nn.Module) and encoder is not tuner.model else set()
-    handles = []
+    hooks = []
     for layer in layers:
         beams = num_beams if isinstance(num_beams, int) and id(layer) not in in_encoder else 1
         names = [name for name in adapter_names for _ in range(beams)]
         if isinstance(layer, AuxiliaryTrainingWrapper):  # unlike our layers, it takes no name that it does not have
             names = [name if name in layer._adapters else BASE for name in names]
-        handles.append(layer.register_forward_pre_hook(partial(_add_argument, adapter_names=names), with_kwargs=True))
+        hooks.append((layer, partial(_add_argument, adapter_names=names, thread=threading.get_ident())))
+    with _HOOKS:
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in hooks]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        with _HOOKS:
+            for handle in handles:
+                handle.remove()
 
 
 def _refuse_held(layers: list[Any]) -> None:
@@ -70,5 +75,10 @@ def _refuse_held(layers: list[Any]) -> None:
         )
 
 
-def _add_argument(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+def _add_argument(
+    module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None, *, adapter_names: list[str], thread: int
+) -> Any:
+    """Of the thread whose batch it is. Others see the hooks, too, and for a moment as ones that get no keywords."""
+    if kwargs is None or threading.get_ident() != thread:
+        return None
     return args, {"adapter_names": adapter_names, **kwargs}  # a layer inside of another one was told by that

@@ -23,13 +23,16 @@ from ..task_vectors.blueprint import reads_tie
 from .active import chosen_adapter
 from .batch_norm import BatchNormLayer, wrap_batch_norms
 from .config import lowered_text
+from .ddp import note_graph, running_ddp, send_frozen
+from .ddp_names import keep_from_ddp
 from .delta import Delta
 from .geometry import Geometry, quantization_backend, read_weight
 from .holders import Holder, find_holder, has_children
 from .kinds import ParamWrapper, make_layer
 from .layer import SubspaceLayer
-from .loading import PEFT_PREFIX, check_saved_modules, check_state_dict, complete_adapter, remove_adapter
+from .loading import check_saved_modules, check_state_dict, complete_adapter, remove_adapter
 from .mixed_batch import adapter_names_passed_on
+from .sharding import is_empty_share, refuse_sharded_targets
 from .targets import check_patterns, find_targets, resolve_targets
 from .weighted import add_weighted_adapter
 
@@ -74,7 +77,7 @@ class SubspaceModel(BaseTuner):
                     f"{config.title}: a number as rank is an upper bound, lowered to fit {lowered_text(config.lowered_ranks)}. "
                     f"All of them are in the config's `lowered_ranks`; `rank_pattern` sets the rank of one layer."
                 )
-            self._keep_from_ddp(model)
+            keep_from_ddp(model)
         except Exception:
             remove_adapter(self, adapter_name)
             raise
@@ -98,23 +101,6 @@ class SubspaceModel(BaseTuner):
             if (rank := delta.lowered()) is not None
         }
 
-    @staticmethod
-    def _keep_from_ddp(model: nn.Module) -> None:
-        """DDP sends every buffer of rank 0 to all others in each forward, frozen bases too, if their names are not here.
-
-        It looks the list up on the module that it wraps, where a PeftModel passes the question on to `model`.
-        """
-        frozen = {
-            f"{name}.{buffer}"
-            for name, module in model.named_modules()
-            if isinstance(module, Delta)
-            for buffer, _ in module.named_buffers(recurse=False)
-        }
-        if frozen:
-            known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-            names = {prefix + name for prefix in ("", "model.", PEFT_PREFIX) for name in frozen}
-            model._ddp_params_and_buffers_to_ignore = sorted(known | names)  # type: ignore[assignment]
-
     def _check_adapter_name(self, adapter_name: str) -> None:
         if adapter_name in self.prefix:
             raise ValueError(
@@ -134,6 +120,7 @@ class SubspaceModel(BaseTuner):
         resolve_targets(peft_config, model)
         every = self.delta_cls.composes_weight
         targets = find_targets(model, peft_config, self._check_target_module_exists, every_parameter=every)
+        refuse_sharded_targets(model, targets, peft_config.title)
         self._prepare_targets(peft_config, model, targets)
         check_patterns(peft_config, targets)
         for name, geometries in targets.items():
@@ -244,6 +231,7 @@ class SubspaceModel(BaseTuner):
         super().delete_adapter(adapter_name)
         for layer in self._batch_norms():
             layer.delete_adapter(adapter_name)
+        keep_from_ddp(self.model)
 
     def _batch_norms(self) -> list[BatchNormLayer]:
         return [module for module in self.model.modules() if isinstance(module, BatchNormLayer)]
@@ -291,6 +279,12 @@ class SubspaceModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self.training and (ddp := running_ddp()) is not None:
+            note_graph()
+            now = (id(ddp), *self.peft_config)
+            if self.__dict__.get("sent_to") != now:
+                send_frozen(self.model, ddp)
+                self.__dict__["sent_to"] = now
         with adapter_names_passed_on(self, kwargs.pop("adapter_names", None), kwargs.get("num_beams")):
             yield
 
@@ -300,7 +294,8 @@ class SubspaceModel(BaseTuner):
         """
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", None)
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        keep_from_ddp(model)
         if tied and not config.tie_word_embeddings and reads_tie(model):
             config.tie_word_embeddings = tied
         return model
@@ -328,6 +323,25 @@ class SubspaceModel(BaseTuner):
             raise
         config.awaits_weights = None
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The adapter's tensors for its file.
+
+        Raises:
+            ValueError: this process has a share only, which ZeRO-3 leaves empty: the file would have no values.
+        """
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, *args, **kwargs)
+        own: dict[str, Any] = dict(model.named_parameters())
+        shares = [key for key, tensor in found.items() if is_empty_share(tensor, own.get(key))]
+        if shares:
+            raise ValueError(
+                f"{shares[0]} and {len(shares) - 1} more tensors of the adapter cannot be saved: this process has a "
+                f"share of it only (ZeRO-3). Gather them in all processes and pass them on: `model.save_pretrained(folder, "
+                f"is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(engine))`. The Trainer "
+                f"does so with `stage3_gather_16bit_weights_on_model_save`."
+            )
+        return found
 
     @classmethod
     def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -74,9 +74,9 @@ class LowRank:
 
     def to(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Both factors on the device of `like`, where they stay, and in its dtype."""
-        if self.left.device != like.device:
-            self.left, self.right = self.left.to(like.device), self.right.to(like.device)
-        return self.left.to(like.dtype), self.right.to(like.dtype)
+        left, right = self.left.to(like.device), self.right.to(like.device)
+        self.left, self.right = left, right  # after both have moved: another thread may be here
+        return left.to(like.dtype), right.to(like.dtype)
 
     def part(self, start: int, stop: int, like: Tensor) -> Tensor:
         left, right = self.to(like)

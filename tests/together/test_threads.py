@@ -1,120 +1,211 @@
-"""Several threads of one process read, merge and write at the same time, each as it does alone."""
+"""Threads that share one model, as those of a server do: what each gets is what one thread alone gets, bit for bit."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import copy
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from peft_subspace.merging import merge, verify
-from peft_subspace.task_vectors.errors import InputError, OutputError
-from peft_subspace.task_vectors.extract import extract_lora
-from peft_subspace.task_vectors.pickles import are_allowed, pickles_allowed
-from peft_subspace.task_vectors.remote import headers_only
-from peft_subspace.task_vectors.sources import open_checkpoint
-from peft_subspace.task_vectors.task_vector import TaskVector
-from tests.merging.tiny import contents, recipe, trio
+from tests.methods import Method, each_method
+from tests.pico import LAYERS, MODELS, Pico, run
 
-THREADS = 3
+pytestmark = pytest.mark.filterwarnings("ignore:PELA leaves")
 
-
-def at_once(actions: list[Callable[[], Any]]) -> list[Any]:
-    """What each returns, or its exception."""
-    barrier = Barrier(len(actions))
-
-    def run(action: Callable[[], Any]) -> Any:
-        barrier.wait()
-        try:
-            return action()
-        except ValueError as error:
-            return error
-
-    with ThreadPoolExecutor(len(actions)) as pool:
-        return list(pool.map(run, actions))
+THREADS, FORWARDS = 3, 200
+KINDS: dict[str, Pico] = {
+    **{name: LAYERS[name] for name in ("linear", "embedding", "conv2d", "router", "conv, own forward", "experts")},
+    **{name: MODELS[name] for name in ("mha", "encoder", "moe", "batch norm", "vit", "llama")},
+}
+EVERYTHING: dict[str, Any] = {"target_modules": None, "target_parameters": None, "task_type": None}  # norms, and holders
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties", "tsv_m"])
-def test_merges_in_several_threads(method: str, tmp_path: Path) -> None:
-    """Into folders of their own; torch's number of threads is put back, also for threads that come later."""
-    trio(tmp_path)
-    table = recipe(tmp_path, method)
-    expected = contents(merge(table, tmp_path / "alone"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for _ in range(5):
-            outs = [tmp_path / f"out{number}" for number in range(THREADS)]
-            at_once([lambda out=out: merge(table, out, threads=2, overwrite=True) for out in outs])  # type: ignore[misc]
-            for out in outs:
-                verify(out)
-                assert contents(out) == expected
-            assert [torch.get_num_threads(), *at_once([torch.get_num_threads])] == [2, 2]
-    finally:
-        torch.set_num_threads(before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "alone", "b", "base", "c", "out0", "out1", "out2"]
+@pytest.fixture(autouse=True)
+def threads_that_alternate() -> Iterator[None]:
+    """A thread gives way after a microsecond, and not after five milliseconds, which is a whole forward here."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
-def test_extractions_in_several_threads(tmp_path: Path) -> None:
-    trio(tmp_path)
+def in_threads(call: Callable[[int], Any], count: int = FORWARDS) -> list[Any]:
+    """What `count` calls return; three threads start together and share them."""
+    start = threading.Barrier(THREADS)
 
-    def extracted(number: int) -> dict[str, bytes]:
-        extract_lora(str(tmp_path / "a"), str(tmp_path / "base"), tmp_path / f"lora{number}", rank=2)
-        return contents(tmp_path / f"lora{number}")
+    def work(first: int) -> list[Any]:
+        start.wait()
+        return [call(number) for number in range(first, count, THREADS)]
 
-    expected = extracted(THREADS)
-    found = at_once([lambda number=number: extracted(number) for number in range(THREADS)])  # type: ignore[misc]
-    assert found == THREADS * [expected]
-
-
-def test_two_threads_do_not_write_one_result(tmp_path: Path) -> None:
-    trio(tmp_path)
-    for number in range(10):
-        out = tmp_path / f"out{number}"
-        found = at_once([lambda out=out: merge(recipe(tmp_path), out) for _ in range(THREADS)])  # type: ignore[misc]
-        assert out in found
-        assert all(one == out or isinstance(one, OutputError) for one in found)
-        verify(out)
-        assert not list(tmp_path.glob("*.partial*"))
+    with ThreadPoolExecutor(THREADS) as threads:
+        parts = list(threads.map(work, range(THREADS)))
+    return [parts[number % THREADS][number // THREADS] for number in range(count)]
 
 
-def test_one_task_vector_in_several_threads(tmp_path: Path) -> None:
-    trio(tmp_path)
-    vector = TaskVector.open(tmp_path / "a", tmp_path / "base") - 0.5 * TaskVector.open(tmp_path / "b", tmp_path / "base")
-    expected = {name: vector[name] for name in vector}
-    descriptors = len(os.listdir("/proc/self/fd"))
-    for found in at_once(10 * [lambda: {name: vector[name] for name in vector}]):
-        assert all(torch.equal(found[name], values) for name, values in expected.items())
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
+def fields_of(method: Method, pico: Pico) -> dict[str, Any]:
+    return {"init_weights": False, **pico.targets, **(EVERYTHING if method.composes else {})}
 
 
-def test_what_one_thread_allows_is_refused_in_another(tmp_path: Path) -> None:
-    """Pickles, and models of which only the headers are there."""
-    models = trio(tmp_path)
-    (tmp_path / "a" / "model.safetensors").unlink()
-    torch.save(models["a"], tmp_path / "a" / "pytorch_model.bin")
-    together = Barrier(2)
+def adapted(method: Method, pico: Pico, **fields: Any) -> Any:
+    torch.manual_seed(3)
+    return get_peft_model(pico.model(), method.make(pico, **{**fields_of(method, pico), **fields})).eval()
 
-    def allowed() -> Any:
-        with pickles_allowed(True, tmp_path), headers_only():
-            together.wait()
-            found = open_checkpoint(tmp_path / "a").tensors
-            together.wait()
-            return found.keys()
 
-    def refused() -> Any:
-        together.wait()
-        try:
-            return are_allowed() or open_checkpoint(tmp_path / "a")
-        finally:
-            together.wait()
+def wrong(model: nn.Module, pico: Pico, **kwargs: Any) -> int:
+    """How many of 200 forwards from three threads are not those of one thread. Every fourth is of other samples."""
+    batches = [pico.batch(seed=seed) for seed in range(4)]
+    found = in_threads(lambda number: run(model, batches[number % 4], **kwargs))
+    expected = [run(model, batch, **kwargs) for batch in batches]
+    return sum(not torch.equal(tensor, expected[number % 4]) for number, tensor in enumerate(found))
 
-    names, error = at_once([allowed, refused])
-    assert names == models["a"].keys()
-    assert isinstance(error, InputError)
-    assert "has its weights in pickles" in str(error)
+
+def test_lora_on_linear_layers() -> None:
+    """The control."""
+    pico = MODELS["llama"]
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")
+    assert wrong(get_peft_model(pico.model(), config).eval(), pico) == 0
+
+
+@each_method
+@pytest.mark.parametrize("kind", KINDS)
+def test_forwards_of_one_model(method: Method, kind: str) -> None:
+    """The first ones, too, which compose what is kept afterwards."""
+    pico = KINDS[kind]
+    model = adapted(method, pico)
+    assert wrong(model, pico) == 0
+
+
+def known_outside(model: nn.Module, seen: list[nn.Module]) -> None:
+    """A hook on every module of the base, which gets the module itself."""
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer):
+            module.register_forward_hook(lambda module, args, out: seen.append(module))
+
+
+def refuse(*_: Any) -> None:
+    raise RuntimeError("not now")
+
+
+@each_method
+@pytest.mark.parametrize("kind", ["experts", "mha", "vit", "batch norm"])
+def test_modules_with_hooks(method: Method, kind: str) -> None:
+    """Nothing may stand in for these: they wait for one another, also after a copy, a pickle and a call that failed."""
+    pico, seen = KINDS[kind], list[nn.Module]()
+    model = adapted(method, pico)
+    expected = run(model, pico.batch())
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        known_outside(twin, seen)
+        handles = [m.register_forward_hook(refuse) for m in twin.modules() if not isinstance(m, BaseTunerLayer)]
+        with pytest.raises(RuntimeError, match="not now"):
+            run(twin, pico.batch())
+        for handle in handles:
+            handle.remove()
+        assert wrong(twin, pico) == 0
+        assert torch.equal(run(twin, pico.batch()), expected)
+        assert set(map(id, seen)) <= set(map(id, twin.modules()))
+        seen.clear()
+
+
+@each_method
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_module_that_calls_itself(method: Method, hooked: bool) -> None:
+    """Reentrant calls of one thread end, and leave the outer call its weights."""
+
+    class Twice(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+            if around:
+                around.pop()(*args, **kwargs)
+                self.noted = "on the module"
+            return super().forward(*args, **kwargs)
+
+    pico, around = MODELS["mha"], list[nn.Module]()
+    model = adapted(method, pico)
+    layer = model.base_model.model.attention
+    expected = run(model, pico.batch())
+    layer.base_layer.__class__ = Twice
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    around.append(layer)
+    assert torch.equal(run(model, pico.batch()), expected)
+    assert not around
+    assert layer.base_layer.noted == "on the module"
+
+
+@each_method
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_of_threads(method: Method, reentrant: bool) -> None:
+    """Backward in threads, with activation checkpointing: the forward of a segment runs again there."""
+    pico = MODELS["mha"]
+    model = adapted(method, pico, **method.steady)
+    attention = model.base_model.model.attention
+    batch = pico.batch()
+    x = batch["x"].requires_grad_()
+
+    def gradients(number: int) -> list[Tensor]:
+        def segment(x: Tensor) -> Tensor:
+            return attention(x, x, x)[0]
+
+        found = checkpoint(segment, x * (1 + number % 2), use_reentrant=reentrant)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if reentrant:  # which knows `backward` only
+            found.square().sum().backward()
+            return []
+        return list(torch.autograd.grad(found.square().sum(), trained, allow_unused=True))
+
+    if reentrant:
+        in_threads(gradients, 30)
+        total = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        for number in range(30):
+            gradients(number)
+        for one, other in zip(total, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # the order of the sum
+        return
+    expected = [gradients(number) for number in range(2)]
+    for number, found in enumerate(in_threads(gradients, 60)):
+        for one, other in zip(found, expected[number % 2], strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+
+
+@each_method
+@pytest.mark.parametrize("kind", ["mlp", "mha", "llama", "batch norm"])
+def test_another_adapter_for_each_sample(method: Method, kind: str) -> None:
+    """One thread's names are not another's, whose whole batch may be of the active adapter (where PEFT's LoRA fails)."""
+    pico = KINDS.get(kind, MODELS[kind])
+    if method.composes and kind == "llama":
+        pico = replace(pico, targets={"target_modules": ["q_proj", "embed_tokens", "input_layernorm"]})
+    model = adapted(method, pico, target_parameters=None, **pico.targets)
+    model.add_adapter("other", method.make(pico, second=True, **{**fields_of(method, pico), **pico.targets}))
+    model.eval()
+    orders = [{"adapter_names": names} for names in (["default", "other"] * 2, ["other", "__base__", "default", "other"])]
+    orders.append({})
+    batch = pico.batch()
+    found = in_threads(lambda number: run(model, batch, **orders[number % 3]))
+    expected = [run(model, batch, **order) for order in orders]
+    assert not torch.equal(expected[0], expected[1])
+    assert sum(not torch.equal(tensor, expected[number % 3]) for number, tensor in enumerate(found)) == 0
+    assert not any(layer._forward_pre_hooks for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+
+
+@each_method
+def test_the_first_use_of_a_file(method: Method, tmp_path: Path) -> None:
+    """What is made from the weights at the first use is made once."""
+    pico = MODELS["mlp"]
+    model = adapted(method, pico)
+    model.save_pretrained(str(tmp_path))
+    alone, loaded = (PeftModel.from_pretrained(pico.model(), tmp_path) for _ in range(2))
+    batch = pico.batch()
+    expected = run(alone, batch)
+    assert all(torch.equal(found, expected) for found in in_threads(lambda _: run(loaded, batch), 12))
