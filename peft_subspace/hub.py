@@ -16,7 +16,7 @@ from .base import SubspaceConfig
 from .base.batch_norm import STATISTICS
 from .base.config import AFTER_SAVE
 from .base.files import check_adapter_file
-from .registration import complete_cards
+from .registration import check_before_saving, complete_cards
 from .whole_files import write_whole
 
 START, END = "<!-- peft_subspace: begin -->", "<!-- peft_subspace: end -->"  # what is between is written anew on saving
@@ -159,3 +159,4 @@ def count_parameters(path: str, config: SubspaceConfig) -> int:
 
 AFTER_SAVE.append(update_model_card)
 complete_cards(update_model_card)
+check_before_saving()

@@ -113,6 +113,26 @@ def complete_cards(update: Callable[[str, Any], None]) -> None:
         setattr(PeftModel, method, wrapper)
 
 
+def check_before_saving() -> None:
+    """Let a tuner refuse a bare `PeftModel.save_pretrained` by `check_saved_whole()`.
+
+    PEFT asks a tuner for its tensors also where a whole `state_dict` was passed on, so that it cannot tell the one call from
+    the other; with FSDP2's shares the bare call ends in torch's "invalid python storage".
+    """
+    original = PeftModel.save_pretrained
+    original = getattr(original, "peft_subspace_wraps", original)  # when this module is executed again
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check = getattr(self.base_model, "check_saved_whole", None)
+        if check is not None and kwargs.get("state_dict") is None:
+            check()
+        return original(self, *args, **kwargs)
+
+    wrapper.peft_subspace_wraps = original  # type: ignore[attr-defined]
+    setattr(PeftModel, original.__name__, wrapper)
+
+
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..task_vectors.blueprint import reads_tie
 from .active import chosen_adapter
@@ -323,6 +324,21 @@ class SubspaceModel(BaseTuner):
             raise
         config.awaits_weights = None
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def check_saved_whole(self) -> None:
+        """See that a `save_pretrained` without a `state_dict` has whole tensors to save.
+
+        Raises:
+            ValueError: FSDP2 has sharded the adapter; says what to call.
+        """
+        shares = [name for name, tensor in self.model.named_parameters() if self.prefix in name and isinstance(tensor, DTensor)]
+        if shares:
+            raise ValueError(
+                f"{shares[0]} and {len(shares) - 1} more tensors of the adapter cannot be saved: this process has a share of "
+                f"each only (FSDP2). Gather them in all processes and save in one: `state = accelerator.get_state_dict(model)`, "
+                f"or torch's `get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`; then "
+                f"`model.save_pretrained(folder, state_dict=state)`."
+            )
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

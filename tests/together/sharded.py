@@ -29,10 +29,23 @@ def refusal(model: nn.Module, method: Method) -> str:
     return ""
 
 
+def bare_save(method: Method, folder: Path) -> str:
+    """What a bare save of an adapter says that FSDP2 has sharded with its base."""
+    model = get_peft_model(MODELS["llama"].model(), method.make(MODELS["llama"], **MODELS["llama"].targets))
+    mesh = init_device_mesh("cpu", (2,))
+    for module in [*model.get_base_model().model.layers, model]:  # type: ignore[union-attr, list-item]
+        fully_shard(module, mesh=mesh)
+    try:
+        model.save_pretrained(str(folder))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(path: Path) -> None:
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
-    report: dict[str, Any] = {"fsdp": {}, "tp": {}}
+    report: dict[str, Any] = {"fsdp": {}, "tp": {}, "saved": {}}
     sharded = MODELS["llama"].model()
     for module in [*sharded.model.layers, sharded]:  # type: ignore[union-attr, list-item]
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
@@ -43,6 +56,7 @@ def main(path: Path) -> None:
     for kind, method in METHODS.items():
         report["fsdp"][kind] = refusal(sharded, method)
         report["tp"][kind] = refusal(parallel, method)
+        report["saved"][kind] = bare_save(method, path.with_name(f"bare {dist.get_rank()}"))
     if dist.get_rank() == 0:
         path.write_text(json.dumps(report))
     leave()

@@ -26,6 +26,8 @@ def test_bases_that_are_sharded_already_are_refused_by_name(tmp_path: Path) -> N
         for way, words in (("fsdp", ("FSDP2", "`fully_shard` afterwards")), ("tp", ("tensor parallelism", "without tp_plan"))):
             message = found[way][kind]
             assert all(word in message for word in (*words, method.config.title, "weight is sharded")), (kind, way, message)
+        message = found["saved"][kind]
+        assert all(word in message for word in ("(FSDP2)", "get_model_state_dict", "state_dict=state")), (kind, message)
 
 
 @each_method
