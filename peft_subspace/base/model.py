@@ -335,7 +335,7 @@ class SubspaceModel(BaseTuner):
         if shares:
             raise ValueError(
                 f"{shares[0]} and {len(shares) - 1} more tensors of the adapter cannot be saved: this process has a share of "
-                f"each only (FSDP2). Gather them in all processes and save in one: `state = accelerator.get_state_dict(model)`, "
+                f"each only (FSDP2). Gather them in all processes and save in one: `state = accelerator.get_state_dict(model)` "
                 f"or torch's `get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`; then "
                 f"`model.save_pretrained(folder, state_dict=state)`."
             )
