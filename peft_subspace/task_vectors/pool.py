@@ -307,8 +307,8 @@ def _matched(vector: TaskVector, model: _Model) -> tuple[TaskVector, dict[str, s
         raise InputError(
             f"{len(lost)} of its {len(vector.shapes)} tensors {'is a parameter' if len(lost) == 1 else 'are parameters'} of no "
             f"layer of this model: {shortened(lost)}. "
-            f"It was made on another model, or they stand on the model itself, outside of its layers, where they cannot be "
-            f"composed, or transformers makes other parameters of them on loading; with strict=False such tensors are left out."
+            f"The vector was made on another model, or such tensors stand on the model itself, outside of its layers, where "
+            f"they cannot be composed, or transformers makes other parameters of them on loading. strict=False leaves them out."
         )
     wrong = [name for name, theirs in names.items() if vector.shapes[theirs] != model.shapes[name]]
     if wrong:
