@@ -159,7 +159,7 @@ def merge(
                     progress=progress, plan=plan, recipe_file=recipe,
                 )  # fmt: skip
         except KeyboardInterrupt:
-            console.fail(f"interrupted. Go on with --resume, or remove {out}.partial.")
+            console.fail(f"interrupted. Go on with --resume, or remove {unfinished}.")
             raise typer.Exit(130) from None
     took = time.monotonic() - started
     if found.subspace.output == "adapter":

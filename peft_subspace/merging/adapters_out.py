@@ -69,7 +69,7 @@ def merge_adapters(
     """
     way = check_way(plan)
     result = _Result()
-    with new_folder(out, "merge", FILES, overwrite=overwrite) as folder, torch.inference_mode():
+    with new_folder(out, "merge of adapters", FILES, overwrite=overwrite) as folder, torch.inference_mode():
         result.reduced = whole_model_passes(plan, Settings())
         for tensor in plan.tensors:
             if tensor.action == "merge":

@@ -63,6 +63,7 @@ class OutputFolder:
         """
         self.out, self.made_by, self.overwrite = real_place(out), made_by, overwrite
         self.folder = partial_path(self.out)
+        self._is_ours = False  # until this run makes the folder or goes on with it; a refusal leaves it to whoever began it
         try:
             self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -108,6 +109,7 @@ class OutputFolder:
                 self.folder.mkdir()
             except OSError as error:
                 raise disk_error(self.folder, error) from error
+        self._is_ours = True
         return self.folder
 
     def clear(self) -> None:
@@ -165,9 +167,10 @@ class OutputFolder:
             raise OutputError(f"{self.folder}: lacks {shortened(lost)}. Somebody removed it while it was written. Start anew.")
 
     def discard(self) -> None:
-        """Give up: nothing is left."""
-        with suppress(OutputError, OSError):
-            self.clear()
+        """Give up: nothing is left of what this run has written."""
+        if self._is_ours:
+            with suppress(OutputError, OSError):
+                self.clear()
         self.leave()
 
     def leave(self) -> None:
@@ -212,10 +215,9 @@ def new_folder(out: str | os.PathLike[str], made_by: str, files: Collection[str]
     Raises:
         OutputError: another process writes this result; it cannot be written, or put in its place.
     """
-    check_place(out, overwrite=overwrite)
     output = OutputFolder(Path(out), made_by, overwrite=overwrite)
     try:
-        check_place(out, overwrite=overwrite)  # once more, as the lock may have been waited for
+        check_place(out, overwrite=overwrite)  # once more: another process may just have ended
         if output.is_begun() and (other := output.made_by_another()) and not overwrite:
             raise OutputError(
                 f"{output.folder}: an unfinished result of `{other}` is there. Choose another folder, or pass --overwrite."

@@ -517,6 +517,22 @@ def test_only_the_first_of_two_writes(zoo: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["zoo"]
 
 
+def test_a_refusal_keeps_the_unfinished_result_of_another_command(zoo: Path, tmp_path: Path) -> None:
+    """Also where somebody put a file of their own into it."""
+    first = OutputFolder(tmp_path / "out", "merge")
+    first.begin(["model.safetensors"])
+    (first.folder / "model.safetensors").write_text("hours of work")
+    first.leave()
+    for overwrite, message in ((False, "an unfinished result of `merge` is there"), (True, r"holds thesis\.tex")):
+        if overwrite:
+            (first.folder / "thesis.tex").write_text("mine")
+        before = tree(tmp_path)
+        for verb in ("merge of adapters", "extract", "save_as_lora"):
+            with pytest.raises(OutputError, match=message):
+                FOLDERS[verb](zoo, tmp_path / "out", overwrite)
+            assert tree(tmp_path) == before, verb
+
+
 def test_a_file_that_is_taken_away_while_it_is_written(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result does not take its place without it."""
     from peft_subspace.merging.files import OutputFiles
