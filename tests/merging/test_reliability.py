@@ -7,7 +7,6 @@ import errno
 import os
 import resource
 import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from peft_subspace.merging.journal import Journal
 from peft_subspace.merging.methods.registry import Parameter, get, names
 from peft_subspace.task_vectors.errors import InputError, OutputError, RecipeError
 from peft_subspace.task_vectors.output_folder import OutputFolder
+from tests.disks import mounted
 from tests.merging import crashes
 from tests.merging.tiny import as_module, contents, recipe, trio, write
 from tests.pico import MODELS
@@ -105,13 +105,8 @@ def test_two_processes_do_not_write_one_result(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 128 KiB, where the system lets us make one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"no right to mount a file system: {made.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "128k") as folder:
+        yield folder
 
 
 def test_a_disk_that_is_too_small_is_seen_before_the_work(small_disk: Path, tmp_path: Path) -> None:

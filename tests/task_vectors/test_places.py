@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -34,6 +33,7 @@ from peft_subspace.task_vectors.extract import extract_lora
 from peft_subspace.task_vectors.output_folder import OutputFolder, new_folder
 from peft_subspace.task_vectors.places import RECORD, check_place, describe_place, foreign_files
 from peft_subspace.task_vectors.task_vector import TaskVector
+from tests.disks import mounted
 from tests.merging.tiny import contents, recipe, trio
 from tests.pico import MODELS
 
@@ -304,13 +304,8 @@ def test_folders_that_last(where: str, verb: str, zoo: Path, tmp_path: Path, mon
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A mounted file system, where the system lets us make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"no right to mount a file system: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def test_a_mount_point_is_refused_and_a_folder_in_it_is_not(disk: Path, zoo: Path) -> None:
